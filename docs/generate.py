@@ -1,0 +1,65 @@
+"""Writes docs/cli.md (every --help) and docs/methods.md (tables of the registries). `--check` only compares.
+
+    python docs/generate.py
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["COLUMNS"] = "110"  # argparse wraps by it
+
+from lorakit.cli import VERBS, parser_of
+from lorakit.kinds import KINDS
+from lorakit.method import METHODS, STARTS
+
+FOLDER = Path(__file__).parent
+
+
+def cli_page() -> str:
+    """Every verb with its help."""
+    lines = ["# Command line", "", "Written by docs/generate.py. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.", ""]
+    for verb in VERBS:
+        lines += [f"## lorakit {verb}", "", "```", parser_of(verb).format_help().rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def row(*cells: str) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def methods_page() -> str:
+    """Tables of methods, starts and kinds."""
+    lines = ["# Methods, starts, kinds", "", "Written by docs/generate.py from the registries.", "", "## Methods", ""]
+    lines += [row("method", "delta of W", "numbers", "frozen", "when", "PEFT", "source"), row(*["---"] * 7)]
+    for method in sorted(METHODS, key=lambda m: m.name):
+        frozen = "base" + (", frozen start" if method.frozen else "")
+        peft = method.peft_type or "none"
+        lines.append(row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, peft, method.source))
+    lines += ["", "## Starts", "", row("start", "`b @ a` is zero", "when", "source"), row(*["---"] * 4)]
+    for start in sorted(STARTS, key=lambda s: s.name):
+        lines.append(row(start.name, "yes" if start.zero else "no: kept frozen and subtracted", start.use, start.source))
+    lines += ["", "## Kinds of layer", "", row("kind", "layers"), row(*["---"] * 2)]
+    for kind in sorted(KINDS, key=lambda k: k.name):
+        lines.append(row(kind.name, kind.layers))
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Writes or compares."""
+    stale = []
+    for name, page in (("cli.md", cli_page()), ("methods.md", methods_page())):
+        file = FOLDER / name
+        if "--check" in sys.argv:
+            if not file.is_file() or file.read_text(encoding="utf-8") != page:
+                stale.append(name)
+        else:
+            file.write_text(page, encoding="utf-8")
+    if stale:
+        sys.exit(f"docs/{', docs/'.join(stale)} differ from the code; run: python docs/generate.py")
+    print("up to date")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Algebra on adapters, without any model."""

@@ -1,0 +1,46 @@
+"""From a model back to a value: the attached adapter as an Adapter."""
+
+from torch import Tensor, nn
+
+from lorakit.adapter import Adapter
+from lorakit.attach.slots import Factors, home_of, slots_of, stand_in
+from lorakit.errors import AttachError, nearest
+from lorakit.update import AdaptedLayer
+
+
+def collect(model: nn.Module, name: str | None = None) -> Adapter:
+    """The named adapter (the only one if there is one) as a value: copies, on the CPU.
+
+    Sharded parameters (FSDP2) are gathered; every process must call it.
+    """
+    model, switch = home_of(model)
+    if name is None:
+        if len(switch.names) > 1:
+            raise AttachError(f"several adapters are attached ({', '.join(switch.names)}); say which one to collect")
+        name = next(iter(switch.names))
+    if name not in switch.names:
+        raise AttachError(f"no adapter named '{name}' is attached{nearest(name, switch.names)}")
+    layers: dict[str, AdaptedLayer] = {}
+    for module, parameter, slot in slots_of(model, switch.names[name]):
+        factors: Factors = slot._modules[name]  # type: ignore[assignment]
+        weight = module._parameters[parameter]
+        assert weight is not None
+        layers[slot.path] = AdaptedLayer(
+            factors.method.name,
+            slot.kind.name,
+            tuple(weight.shape),
+            {key: _value(tensor) for key, tensor in factors.tensors().items()},
+            factors.rank,
+            factors.scale,
+            factors.start,
+            int(getattr(module, "groups", 1)),
+        )
+    trained: dict[str, Tensor] = {}
+    for full_name in switch.trained[name]:
+        trained[full_name] = _value(stand_in(model, full_name).trained._parameters[name])  # type: ignore[arg-type]
+    return Adapter(layers, trained, dict(switch.meta[name]))
+
+
+def _value(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().to("cpu", copy=True).contiguous()

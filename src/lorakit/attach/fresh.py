@@ -1,0 +1,66 @@
+"""Fresh factors: a plan and a model -> an adapter that changes nothing yet."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lorakit._version import __version__
+from lorakit.adapter import Adapter, fingerprint
+from lorakit.describe import Found, locate, resolve_trained, walk
+from lorakit.errors import PlanError, listed, nearest
+from lorakit.method import METHODS, check_plan
+from lorakit.plan import LayerPlan, Plan
+from lorakit.update import AdaptedLayer
+
+
+def init(model: nn.Module, plan: Plan, *, seed: int = 0) -> Adapter:
+    """An adapter with the plan's fresh factors, float32, on the devices of the weights.
+
+    Every layer draws from a generator of its own (seed and path), always on the CPU: the factors of a layer do not
+    depend on the other layers, nor on the device. Raises PlanError that lists every fault.
+    """
+    found = {path: locate(model, path) for path in plan.layers}
+    missing = [path for path, place in found.items() if place is None]
+    faults = [f"the model has no layer '{path}'{nearest(path, (name for name, _ in walk(model)))}" for path in missing]
+    places = {path: place for path, place in found.items() if place is not None}
+    faults += check_plan({path: place.spec for path, place in places.items()}, plan.layers)
+    if faults:
+        raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
+    layers = {path: _layer(place, plan.layers[path], _draws(seed, path)) for path, place in places.items()}
+    meta = {
+        "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+        "base_class": type(model).__name__,
+        "base_fingerprint": fingerprint((path, place.weight) for path, place in places.items()),
+        "seed": seed,
+        "lorakit": __version__,
+    }
+    return Adapter(layers, {name: p.detach().clone() for name, p in resolve_trained(model, plan.trained).items()}, meta)
+
+
+def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> AdaptedLayer:
+    method, spec = METHODS[entry.method], place.spec
+    factors = method.init(spec, entry, lambda: place.kind.canonical(place.module, place.weight.detach()), generator)
+    ranked = method.takes_rank
+    return AdaptedLayer(
+        entry.method,
+        spec.kind,
+        spec.shape,
+        {name: factor.to(place.weight.device) for name, factor in factors.items()},
+        entry.rank if ranked else 0,
+        entry.scale_value if ranked else 1.0,
+        entry.start if ranked else "",
+        spec.groups,
+    )
+
+
+def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+    """Fingerprint of the base weights at these layer paths."""
+    places = ((path, locate(model, path)) for path in paths)
+    return fingerprint((path, place.weight) for path, place in places if place is not None)
+
+
+def _draws(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,180 @@
+"""Merging: the active adapters written into the base weights, for inference without any extra cost.
+
+Pairs are added in place, block of rows by block of rows: no second dense copy, whatever the precision. The sum of
+half-precision weights is computed in float32 and rounded once. Un-merging never subtracts (that would drift): it puts
+the kept originals back.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.attach import detach
+from lorakit.attach.drives import summed, summed_bias
+from lorakit.attach.slots import Slot, WeightReader, home_of, refuse_merged, slots_of, stand_in
+from lorakit.describe import locate
+from lorakit.errors import AttachError, listed
+from lorakit.kinds.parameter import bias_name
+from lorakit.update import Update
+
+_BLOCK_NUMBERS = 1 << 20  # numbers of W per block: 4 MB in float32, about the second-level cache
+
+
+def merge(model: nn.Module, *, keep: bool = False, tied: bool = False) -> None:
+    """Writes the active adapters into the base weights and detaches all adapters: a plain model remains.
+
+    `keep=True` keeps a copy of every changed weight, so that `unmerge` restores the base bit for bit and the adapters
+    go on being attached. `tied=True` allows a weight that other layers share (their output changes too). Raises
+    AttachError, before anything is changed, for tied weights and for updates that are not finite.
+    """
+    model, switch = home_of(model)
+    refuse_merged(switch)
+    if not switch.active:
+        raise AttachError("no adapter is active, so there is nothing to merge; activate one first")
+    paths = dict.fromkeys(path for name in switch.active for path in switch.names[name])
+    trained = dict.fromkeys(full for name in switch.active for full in switch.trained[name])
+    _check(model, list(paths), list(trained), tied)
+    kept = _Originals() if keep else None
+    with torch.no_grad():
+        for full_name in trained:
+            _write_trained(model, full_name, kept)
+        for module, parameter, slot in slots_of(model, paths):
+            _write_layer(module, parameter, slot, kept)
+    if kept is not None:
+        switch.merged = (switch.active, kept.weights)
+        switch.active = ()
+    else:
+        detach(model)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the base weights back that `merge(keep=True)` kept, bit for bit, and lets the adapters act again."""
+    model, switch = home_of(model)
+    if switch.merged is None:
+        raise AttachError("nothing is merged with keep=True in this model, so there is no original to put back")
+    active, kept = switch.merged
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, original in kept.items():
+            parameters[name].copy_(original)
+    switch.merged = None
+    switch.active = active
+
+
+def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool) -> None:
+    faults: list[str] = [] if tied else _shared(model, paths, trained)
+    for module, parameter, slot in slots_of(model, paths):
+        reader = WeightReader(module, parameter, slot.kind)
+        for factors in slot.active():
+            update = factors.update(reader)
+            parts = (update.a, update.b, update.dense, update.gain, update.gain_in, update.bias)
+            if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+                faults.append(f"the update of '{slot.path}' has NaN or infinite numbers")
+            if update.bias is not None and not bias_name(module, parameter):
+                faults.append(f"the update of '{slot.path}' has a bias and the layer has none to merge it into")
+    for name in trained:
+        if not bool(torch.isfinite(_standing(model, name)).all()):
+            faults.append(f"the trained '{name}' has NaN or infinite numbers")
+    if faults:
+        raise AttachError(f"nothing was merged: {listed(faults)}")
+
+
+def _shared(model: nn.Module, paths: list[str], trained: list[str]) -> list[str]:
+    """Weights that are one tensor in the base and would not be one any more: each place would see all changes."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    faults: list[str] = []
+    places = {place.spec.path: place for path in paths if (place := locate(model, path)) is not None}
+    changed = {path: id(place.weight) for path, place in places.items()}
+    for path, key in [*changed.items(), *((name, id(stand_in(model, name).base)) for name in trained)]:
+        adapted = key in changed.values()
+        standing = {id(_standing(model, name)) for name in trained if name in names[key]}
+        one_for_all = len(standing) == 1 and set(names[key]) <= set(trained)
+        others = [other for other in names[key] if other not in (path, f"{path}.weight")]
+        if others and (adapted or not one_for_all):
+            faults.append(
+                f"'{path}' shares its weight with {', '.join(repr(other) for other in others)}, which would change "
+                "too; untie them, or pass tied=True if that is meant"
+            )
+    return faults
+
+
+def _standing(model: nn.Module, full_name: str) -> Tensor:
+    value = stand_in(model, full_name).trained.active()
+    assert value is not None
+    return value
+
+
+class _Originals:
+    """Copies of base weights as they were before the first write, each tensor once, under whatever name."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def keep(self, name: str, weight: Tensor) -> None:
+        if id(weight) not in self._seen:
+            self._seen.add(id(weight))
+            self.weights[name] = weight.detach().clone()
+
+
+def _write_trained(model: nn.Module, full_name: str, kept: _Originals | None) -> None:
+    base = stand_in(model, full_name).base
+    if kept is not None:
+        kept.keep(full_name, base)
+    base.copy_(_standing(model, full_name))
+
+
+def _write_layer(module: nn.Module, parameter: str, slot: Slot, kept: _Originals | None) -> None:
+    stored = module._parameters[parameter]
+    assert stored is not None
+    host = slot.path if parameter == "weight" else slot.path.rpartition(".")[0]
+    prefix = f"{host}." if host else ""
+    reader = WeightReader(module, parameter, slot.kind)
+    updates = [factors.update(reader).detached() for factors in slot.active()]
+    name = bias_name(module, parameter)
+    bias = module._parameters.get(name) if name else None
+    changed = summed_bias(bias, updates)
+    if kept is not None:
+        kept.keep(prefix + parameter, stored)
+        if changed is not bias and bias is not None:
+            kept.keep(prefix + name, bias)
+    weight = slot.kind.canonical(module, stored.data)
+    add_in_place(weight, updates)
+    if weight.data_ptr() != stored.data_ptr():  # a memory format without a canonical view (channels_last)
+        stored.copy_(slot.kind.stored(module, weight))
+    if changed is not bias and bias is not None and changed is not None:
+        bias.copy_(changed)
+
+
+def add_in_place(weight: Tensor, updates: list[Update]) -> None:
+    """Writes the updated canonical weight over `weight` (.., o, i), a view of the stored one."""
+    if len(updates) == 1 and updates[0].is_pair and weight.ndim == 2 and weight.dtype in (torch.float32, torch.float64):
+        update = updates[0]
+        assert update.a is not None and update.b is not None
+        weight.addmm_(update.b.to(weight.dtype), update.a.to(weight.dtype), alpha=update.scale)
+        return
+    for block, rows in _blocks(weight):
+        wide = block.float() if block.dtype in (torch.bfloat16, torch.float16) else block
+        block.copy_(summed(wide, [_rows(update, rows) for update in updates]))
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    n_rows = max(1, _BLOCK_NUMBERS // max(1, weight.numel() // weight.shape[-2]))
+    for start in range(0, weight.shape[-2], n_rows):
+        rows = slice(start, start + n_rows)
+        yield weight[..., rows, :], rows
+
+
+def _rows(update: Update, rows: slice) -> Update:
+    """The part of an update that concerns these output rows."""
+    return Update(
+        a=update.a,
+        b=None if update.b is None else update.b[..., rows, :],
+        scale=update.scale,
+        dense=None if update.dense is None else update.dense[..., rows, :],
+        gain=None if update.gain is None else update.gain[..., rows],
+        gain_in=update.gain_in,
+    )

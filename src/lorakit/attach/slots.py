@@ -1,0 +1,259 @@
+"""What attach leaves on a model: a switch held once, a slot on every adapted layer, factors in the slot.
+
+`layer.adapters` is a `Slot`; its children are the `Factors` of each named adapter, so that `.to()`, optimizers, FSDP
+and Trainer see them as `....layer.adapters.<name>.a`. A bare parameter has its slot beside it, as
+`adapters_<parameter>`; a fully trained parameter has a `Trained` child `trained_<parameter>`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import AttachError
+from lorakit.kinds import Kind
+from lorakit.method import Method
+from lorakit.update import AdaptedLayer, Update
+
+_HOME = "lorakit_switch"
+
+
+class Switch:
+    """Which of the attached adapters are active: one small list for the whole model.
+
+    `active` is what a forward pass reads: the active names, or none while disabled. `names` maps every attached
+    adapter to its paths; `frozen` remembers which base parameters required a gradient before training began.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.names: dict[str, tuple[str, ...]] = {}
+        self.trained: dict[str, tuple[str, ...]] = {}
+        self.meta: dict[str, Mapping[str, Any]] = {}
+        self.frozen: set[str] | None = None
+        self.seen: set[str] | None = None  # paths whose update ran; recorded only while probing
+        self.merged: Any = None
+        self.nested: dict[str, bool] = {}  # nn.TransformerEncoder paths whose nested-tensor path was switched off
+
+
+class Factors(nn.Module):
+    """The named tensors of one adapter on one layer. Frozen ones are buffers."""
+
+    method: Method
+    scale: float
+    rank: int
+    start: str
+    cached: tuple[Any, Update, list[Tensor]] | None
+    added_by_lorakit = True
+
+    def __init__(
+        self, method: Method, layer: AdaptedLayer, factors: Mapping[str, Tensor], trainable: bool, training: bool
+    ) -> None:
+        super().__init__()
+        self.__dict__.update(
+            method=method, scale=layer.scale, rank=layer.rank, start=layer.start, cached=None, training=training
+        )  # straight: nn.Module's own __setattr__ costs more than all the rest of attaching
+        for name, factor in factors.items():
+            if name in method.frozen:
+                self._buffers[name] = factor
+            else:
+                self._parameters[name] = nn.Parameter(factor, requires_grad=trainable)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Factor name -> tensor."""
+        found: dict[str, Tensor] = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        if self._buffers:
+            found |= {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return found
+
+    def update(self, weight: "WeightReader") -> Update:
+        """The update now. What depends on the base weight is kept between calls that need no gradient.
+
+        It is made anew when the version or the memory of a tensor has changed, and after every `train()`, `eval()` or
+        call that needs gradients: writes through `tensor.data` and by FSDP leave the version as it is.
+        """
+        tensors = self.tensors()
+        if not self.method.reads_weight or torch.compiler.is_compiling():
+            return self.method.update(tensors, self.scale, weight)
+        read = [*tensors.values(), weight.stored()]
+        stamps = None if torch.is_grad_enabled() else [(self.scale,), *map(_stamp, read)]
+        if stamps is None or None in stamps:
+            self.cached = None
+            return self.method.update(tensors, self.scale, weight)
+        if self.cached is None or self.cached[0] != stamps:
+            held = [tensor.detach() for tensor in read]  # keeps their memory, so that no other tensor gets the address
+            self.cached = (stamps, self.method.update(tensors, self.scale, weight), held)
+        return self.cached[1]
+
+    def train(self, mode: bool = True) -> "Factors":
+        self.cached = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cached": None}  # of use only where it was made
+
+    def extra_repr(self) -> str:
+        return f"{self.method.name}, rank={self.rank}, scale={self.scale:g}"
+
+
+def _stamp(tensor: Tensor) -> tuple[float, ...] | None:
+    """Changes when the tensor does; None where it cannot be told."""
+    try:
+        return id(tensor), tensor._version, tensor.data_ptr()
+    except RuntimeError:  # inference tensors have no version, those of torch.func no address
+        return None
+
+
+class Slot(nn.Module):
+    """All adapters of one weight: name -> Factors."""
+
+    path: str
+    parameter: str
+    kind: Kind
+    drive: str
+    switch: Switch
+    owner: nn.Module
+    added_by_lorakit = True
+
+    def __init__(
+        self, path: str, parameter: str, kind: Kind, drive: str, switch: Switch, owner: nn.Module
+    ) -> None:
+        super().__init__()
+        self.__dict__.update(path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner)
+
+    def active(self) -> list[Factors]:
+        """Factors of the active adapters that reach this layer, in the order of activation."""
+        switch, modules = self.switch, self._modules
+        found = [modules[name] for name in switch.active if name in modules]
+        if switch.seen is not None and found:
+            switch.seen.add(self.path)
+        return found  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"drive={self.drive}"
+
+
+class Trained(nn.Module):
+    """Whole parameters in the place of one base parameter: adapter name -> parameter."""
+
+    added_by_lorakit = True
+
+    def __init__(self, switch: Switch) -> None:
+        super().__init__()
+        self.switch = switch
+
+    def active(self) -> nn.Parameter | None:
+        """The parameter that stands in now, if any."""
+        for name in self.switch.active:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                return parameter
+        return None
+
+
+class WeightReader:
+    """Reads a layer's canonical weight as it stands in this forward pass (a trained stand-in included)."""
+
+    __slots__ = ("kind", "module", "parameter")
+
+    def __init__(self, module: nn.Module, parameter: str, kind: Kind) -> None:
+        self.module = module
+        self.parameter = parameter
+        self.kind = kind
+
+    def stored(self) -> Tensor:
+        """The tensor as the layer keeps it."""
+        shadow = self.module.__dict__.get(self.parameter)
+        if shadow is not None:
+            return shadow  # type: ignore[no-any-return]
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+    def __call__(self) -> Tensor:
+        return self.kind.canonical(self.module, self.stored())
+
+
+def slot_name(parameter: str) -> str:
+    """Name of the child that holds the slot of a parameter."""
+    return "adapters" if parameter == "weight" else f"adapters_{parameter}"
+
+
+def find_home(model: nn.Module) -> nn.Module | None:
+    """The module that adapters were attached to: the model, or the one inside its wrappers (DDP, torch.compile).
+
+    None if nothing was attached. AttachError where only a part of the model has adapters, or the model is itself a
+    part of one that has: their layer paths begin elsewhere.
+    """
+    candidate: nn.Module | None = model
+    while candidate is not None:
+        if _HOME in candidate.__dict__:
+            return candidate
+        children = candidate._modules
+        candidate = children.get("module", children.get("_orig_mod")) if len(children) == 1 else None
+    if any(isinstance(module, Slot | Trained) for module in model.modules()):
+        raise AttachError(
+            f"adapters were attached to another module: this {type(model).__name__} is a part of that, or it of this; "
+            "call with the module that they were attached to"
+        )
+    return None
+
+
+def home_of(model: nn.Module) -> tuple[nn.Module, Switch]:
+    """The module that adapters were attached to, and its switch; AttachError if nothing was attached."""
+    home = find_home(model)
+    if home is None:
+        raise AttachError(f"no adapter is attached to this {type(model).__name__}; attach one first")
+    return home, home.__dict__[_HOME]
+
+
+def switch_of(model: nn.Module) -> Switch:
+    """The switch of a model; AttachError if nothing was attached."""
+    return home_of(model)[1]
+
+
+def make_switch(model: nn.Module) -> Switch:
+    """The switch of a model, made if there is none."""
+    switch: Switch = model.__dict__.setdefault(_HOME, Switch())
+    return switch
+
+
+def refuse_merged(switch: Switch) -> None:
+    """AttachError while `merge(keep=True)` has adapters in the base weights."""
+    if switch.merged is not None:
+        raise AttachError("adapters are merged into this model; unmerge it first")
+
+
+def drop_switch(model: nn.Module) -> None:
+    """Forgets the switch."""
+    model.__dict__.pop(_HOME, None)
+
+
+class StandIn(NamedTuple):
+    """Where a whole parameter is trained: the module that has it, the base parameter, its stand-ins."""
+
+    holder: nn.Module
+    base: nn.Parameter
+    trained: Trained
+
+
+def stand_in(model: nn.Module, full_name: str) -> StandIn:
+    """The place of a parameter that is trained fully."""
+    host, _, leaf = full_name.rpartition(".")
+    holder = model.get_submodule(host)
+    return StandIn(holder, holder._parameters[leaf], holder._modules[f"trained_{leaf}"])  # type: ignore[arg-type]
+
+
+def slots_of(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str, Slot]]:
+    """Module, parameter name and slot of every given layer path, at the cost of the paths alone."""
+    for path in paths:
+        try:
+            module, parameter = model.get_submodule(path), "weight"
+            slot = module._modules.get("adapters")
+        except AttributeError:
+            host, _, parameter = path.rpartition(".")
+            module = model.get_submodule(host)
+            slot = module._modules.get(slot_name(parameter))
+        if isinstance(slot, Slot):
+            yield module, parameter, slot

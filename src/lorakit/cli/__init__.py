@@ -1,0 +1,97 @@
+"""The command line: one file for each verb, imported only when it is asked for.
+
+A verb's file has `arguments(parser)` and `run(args)`, which returns what to print: a text, or a Reply with a text for
+people and values for `--json`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors go to stderr, one
+sentence that names the way out.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+from lorakit._version import __version__
+from lorakit.errors import LorakitError, UsageError, nearest
+
+VERBS = {
+    "plan": "turn rules into a plan: which layer gets which method, rank and start",
+    "fit": "train an adapter on labelled texts and prove it on rows it has not seen",
+    "predict": "label texts with a fitted adapter",
+    "evaluate": "measure a fitted adapter on labelled rows",
+    "inspect": "show what each layer of an adapter does",
+    "truncate": "shrink an adapter to a smaller rank, exactly",
+    "merge": "write an adapter into its base: a plain model without extra cost",
+    "convert": "write an adapter in another form",
+    "doctor": "say what this machine can do",
+}
+
+
+class Reply(NamedTuple):
+    """What a verb answers: text for people, values for `--json`."""
+
+    text: str
+    values: Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that names the nearest flag and never abbreviates."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+        hint = nearest(wrong, flags) if message.startswith("unrecognized") and wrong else ""
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+
+def parser_of(verb: str) -> Parser:
+    """The parser of one verb; its file is imported."""
+    module = import_module(f"lorakit.cli.{verb}")
+    parser = Parser(prog=f"lorakit {verb}", description=module.__doc__)
+    module.arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        f"lorakit {__version__}: low-rank adaptation on the machine you have\n\n"
+        f"usage: lorakit VERB ...   (lorakit VERB --help says more)\n\n{lines}\n\n"
+        "example: lorakit fit minilm demo:support --out runs/demo\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_overview(), end="")
+            return 0 if words else 2
+        if words[0] in ("-V", "--version"):
+            print(f"lorakit {__version__}")
+            return 0
+        if words[0] not in VERBS:
+            raise UsageError(f"unknown verb '{words[0]}'{nearest(words[0], VERBS)}")
+        args = parser_of(words[0]).parse_args(words[1:])
+        reply: Reply = import_module(f"lorakit.cli.{words[0]}").run(args)
+        print(json.dumps(reply.values, ensure_ascii=False) if args.json else reply.text)
+        return 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("lorakit: interrupted", file=sys.stderr)
+        return 130
+    except LorakitError as error:
+        print(f"lorakit: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1

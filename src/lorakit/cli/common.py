@@ -1,0 +1,103 @@
+"""What several verbs share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that become a plan."""
+    group = parser.add_argument_group("plan")
+    group.add_argument("--rank", type=int, default=8, metavar="R", help="rank of every layer (default 8)")
+    group.add_argument(
+        "--layers",
+        action="append",
+        metavar="RULE",
+        help='which layers: "all-linear" (default), "attention", "mlp", "all", a role, the end of a layer path, '
+        '"re:REGEX"; repeat it, and add "=R" for a rank of its own: --layers attention=8 --layers mlp=16',
+    )
+    group.add_argument("--blocks", metavar="RANGE", help='only these blocks of the stack: "0-3", "4-", "last 2"')
+    group.add_argument("--method", default="lora", help="lora (default), dora or ia3")
+    group.add_argument("--scale", default="16/r", help='"16/r" (default), "16/sqrt(r)" or a number')
+    group.add_argument("--start", default="kaiming", help="kaiming (default), gaussian, orthogonal or pissa")
+    group.add_argument("--bias", default="none", help="biases to train fully: none (default), adapted or all")
+    group.add_argument("--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base')
+    group.add_argument("--clip-rank", action="store_true", help="lower the rank where a layer's side demands it")
+
+
+def plan_from(args: argparse.Namespace, model: Any) -> Any:
+    """The plan that the flags describe."""
+    from lorakit.describe import plan
+    from lorakit.errors import UsageError
+
+    rules: dict[str, int] = {}
+    for rule in args.layers or ["all-linear"]:
+        name, equals, rank = rule.rpartition("=")
+        if equals and rank.isdigit():
+            rules[name] = int(rank)
+        elif equals and not rule.startswith("re:"):
+            raise UsageError(f"--layers {rule}: the rank after '=' must be a whole number")
+        else:
+            rules[rule] = args.rank
+    try:
+        scale: float | str = float(args.scale)
+    except ValueError:
+        scale = args.scale
+    return plan(
+        model,
+        args.rank,
+        rules,
+        method=args.method,
+        scale=scale,
+        start=args.start,
+        blocks=args.blocks,
+        trained=args.trained,
+        bias=args.bias,
+        clip_rank=args.clip_rank,
+    )
+
+
+def plan_flags_given(args: argparse.Namespace) -> list[str]:
+    """Plan flags that differ from their defaults."""
+    defaults = {"rank": 8, "layers": None, "blocks": None, "method": "lora", "scale": "16/r", "start": "kaiming"}
+    defaults |= {"bias": "none", "trained": [], "clip_rank": False}
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that name columns."""
+    parser.add_argument("--text", metavar="COLUMN", help="column of the texts (found by its usual names)")
+    parser.add_argument("--label", metavar="COLUMN", help="column of the labels (found by its usual names)")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are longer than the model takes")
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
+    """A bar with rate and remaining time on a terminal; None in a pipe."""
+    if not sys.stderr.isatty():
+        return None
+    from lorakit.errors import MissingExtraError
+
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise MissingExtraError("tqdm", "text") from None
+    bar = tqdm(total=n_total, unit=unit, dynamic_ncols=True)
+
+    def move(done: int, note: str) -> None:
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+        if done >= n_total:
+            bar.close()
+
+    return move
+
+
+def size(n_bytes: int) -> str:
+    """1.35 MB."""
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"

@@ -1,0 +1,28 @@
+"""Show what each layer of an adapter does: rank, how much of it is used, its share of the change, its size beside W.
+
+example: lorakit inspect runs/demo --base minilm
+"""
+
+import argparse
+from pathlib import Path
+
+from lorakit.cli import Reply
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("adapter", help="adapter or run directory")
+    parser.add_argument("--base", help="base model, to compare the change with its weights")
+
+
+def run(args: argparse.Namespace) -> Reply:
+    """Loads, looks, prints a table."""
+    from lorakit.adapter import WEIGHTS, load
+    from lorakit.inspect import inspect
+    from lorakit.tasks.base import load_base
+
+    place = Path(args.adapter)
+    inner = place / "adapter"
+    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    view = inspect(adapter, load_base(args.base).model if args.base else None)
+    return Reply(str(view), view.values())

@@ -1,0 +1,52 @@
+"""Write an adapter into its base: a plain Transformers directory, as fast as the base itself.
+
+A head that was trained with the adapter is kept in the same file, and lorakit_task.json says what it is for.
+
+example: lorakit merge runs/demo --out merged/demo
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from lorakit.cli import Reply
+from lorakit.cli.common import size
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("adapter", help="adapter or run directory")
+    parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the merged model goes; must not exist")
+
+
+def run(args: argparse.Namespace) -> Reply:
+    """Loads, attaches, merges, saves."""
+    from lorakit.adapter import WEIGHTS, load
+    from lorakit.attach import attach, merge
+    from lorakit.errors import UsageError
+    from lorakit.files import replaced_directory
+    from lorakit.tasks.base import load_base
+    from lorakit.tasks.classify import Classify
+
+    place, out = Path(args.adapter), Path(args.out)
+    if out.exists():
+        raise UsageError(f"'{out}' exists already; name another directory")
+    inner = place / "adapter"
+    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    if not (args.base or adapter.base_name):
+        raise UsageError("the adapter does not say which base it was made on; name it with --base")
+    base = load_base(args.base or adapter.base_name)
+    note = adapter.meta.get("task")
+    if note:
+        Classify.from_note(note).prepare(base.model)
+    attach(base.model, adapter)
+    merge(base.model)
+    with replaced_directory(out) as work:
+        base.model.save_pretrained(work)  # type: ignore[operator]
+        base.tokenizer.save_pretrained(work)
+        if note:
+            (work / "lorakit_task.json").write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+    n_bytes = sum(file.stat().st_size for file in out.iterdir())
+    text = f"{len(adapter.layers)} layers merged into {base.name}, {size(n_bytes)}, written to {out}"
+    return Reply(text, {"layers": len(adapter.layers), "base": base.name, "bytes": n_bytes, "out": str(out)})

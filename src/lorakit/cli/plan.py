@@ -1,0 +1,38 @@
+"""Turn rules into a plan: a TOML file that says which layer gets which method, rank, scale and start.
+
+Edit the file freely and train by it: lorakit fit BASE DATA --plan plan.toml
+
+example: lorakit plan minilm --rank 8 --layers attention --out plan.toml
+"""
+
+import argparse
+from pathlib import Path
+
+from lorakit.cli import Reply
+from lorakit.cli.common import layer_arguments, plan_from
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("base", help="minilm, a Transformers directory, or a name on the hub")
+    layer_arguments(parser)
+    parser.add_argument("--out", metavar="FILE", help="write the plan here instead of printing it")
+
+
+def run(args: argparse.Namespace) -> Reply:
+    """Describes, plans, prints."""
+    from lorakit.describe import describe
+    from lorakit.method import METHODS
+    from lorakit.tasks.base import load_base
+
+    base = load_base(args.base)
+    plan = plan_from(args, base.model)
+    specs = {spec.path: spec for spec in describe(base.model)}
+    count = sum(METHODS[entry.method].size(specs[path], entry.rank) for path, entry in plan.layers.items())
+    total = sum(parameter.numel() for parameter in base.model.parameters())
+    values = {"layers": len(plan.layers), "parameters": count, "base_parameters": total, "plan": plan.toml()}
+    line = f"{len(plan.layers)} layers, {count:,} numbers to train: {count / total:.2%} of the base's {total:,}"
+    if args.out:
+        plan.save(Path(args.out))
+        return Reply(f"{line}\nwritten to {args.out}", {**values, "out": args.out})
+    return Reply(f"# {line}\n{plan.toml().rstrip()}", values)

@@ -1,0 +1,159 @@
+"""Files that are whole or absent: atomic writes, strict reads. No pickle is ever opened.
+
+A write goes to a temporary file beside its target, is flushed to the disk and renamed over it; a crash leaves the old
+file or the new one. A directory of several files is written whole into a temporary directory and then swapped in.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakit.errors import AdapterError, LorakitError
+
+_PICKLE_NAMES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write(path: Path, put: Callable[[Path], None]) -> None:
+    handle = -1
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        put(Path(temporary))
+        os.chmod(temporary, 0o666 & ~_umask())
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LorakitError(f"cannot write '{path}': {reason}; nothing was changed there") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes atomically."""
+    _write(path, lambda temporary: temporary.write_bytes(data) and None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, atomically. The order of keys is kept: layers stay in the model's order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically."""
+    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in ready.items():  # safetensors refuses shared memory: give every name its own
+        if tensor.data_ptr() in seen:
+            ready[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    _write(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})}))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _link_others(old: Path, new: Path, drop: Collection[str]) -> None:
+    """Carries over what the new directory does not bring itself: files of others are never lost."""
+    for entry in old.iterdir():
+        target = new / entry.name
+        if entry.name in drop or os.path.lexists(target):
+            continue
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry), target)
+        elif entry.is_dir():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        else:
+            _link(str(entry), str(target))
+
+
+@contextmanager
+def replaced_directory(path: Path, drop: Collection[str] = ()) -> Iterator[Path]:
+    """Gives an empty directory to fill; on success it takes the place of `path`.
+
+    Files of the old directory that the new one does not bring are carried over, but for those named in `drop`. A
+    symbolic link goes on pointing where it did.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        if path.exists() and not path.is_dir():
+            raise LorakitError(f"cannot write directory '{path}': a file of that name exists")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise LorakitError(f"cannot write '{path}': {error.strerror or error}; nothing was changed there") from None
+    old: Path | None = None
+    try:
+        os.chmod(work, 0o777 & ~_umask())
+        yield work
+        if path.exists():
+            _link_others(path, work, drop)
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.rename(path, old / "content")
+        os.rename(work, path)
+    except BaseException as error:
+        if old is not None and not path.exists():
+            try:
+                os.rename(old / "content", path)
+            except OSError:
+                raise LorakitError(f"cannot write '{path}'; what stood there is kept as '{old / 'content'}'") from error
+        if isinstance(error, OSError):
+            raise LorakitError(f"cannot write '{path}': {error.strerror or error}; nothing was changed there") from None
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if old is not None and path.exists():  # else it is the only copy: better left over than lost
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; AdapterError names the file and the fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"cannot read '{path}': {error}") from None
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Reads a safetensors file; AdapterError where it is damaged, or is a pickle under whatever name."""
+    if path.suffix in _PICKLE_NAMES:
+        raise AdapterError(
+            f"'{path}' is a pickle file, which can run code when it is opened; lorakit never opens one. "
+            "Convert it to safetensors where you trust its source (safetensors.torch.save_file)"
+        )
+    if not path.is_file():
+        raise AdapterError(f"'{path}' does not exist")
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"'{path}' is not a readable safetensors file ({error}); it may be cut short or damaged") from None

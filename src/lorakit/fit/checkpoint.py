@@ -1,0 +1,60 @@
+"""Checkpoints: everything a run needs to go on exactly, in one directory that is whole or absent."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import FitError
+from lorakit.files import read_json, read_tensors, replaced_directory, write_json, write_tensors
+from lorakit.fit.loop import State, load_tensors, trainable
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, identity: dict[str, Any]
+) -> None:
+    """Writes parameters, optimizer memory, best parameters and position. `identity` says which run this is."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(model).items():
+        tensors[f"now:{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}:{name}"] = value
+    tensors |= {f"best:{name}": tensor for name, tensor in state.best_tensors.items()}
+    position = {
+        "step": state.step,
+        "epoch": state.epoch,
+        "batch": state.batch,
+        "stale": state.stale,
+        "seconds": state.seconds,
+        "best": state.best,
+    }
+    with replaced_directory(path) as work:
+        write_tensors(work / "state.safetensors", tensors)
+        write_json(work / "state.json", {"position": position, "identity": identity})
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> State:
+    """Puts a run back where it stood. FitError if the checkpoint is of another run, naming what differs."""
+    saved = read_json(path / "state.json")
+    differing = [key for key in identity if saved["identity"].get(key) != identity[key]]
+    if differing:
+        key = differing[0]
+        raise FitError(
+            f"cannot resume '{path.parent}': {', '.join(differing)} differ from the run that was interrupted "
+            f"({key} was {_short(saved['identity'].get(key))}, now {_short(identity[key])}); "
+            "start again in another directory, or call with the same settings"
+        )
+    tensors = read_tensors(path / "state.safetensors")
+    learning = trainable(model)
+    load_tensors(model, {name.removeprefix("now:"): t for name, t in tensors.items() if name.startswith("now:")})
+    for name, parameter in learning.items():
+        memory = {key.split(":", 1)[0]: t for key, t in tensors.items() if key.split(":", 1)[1] == name}
+        optimizer.state[parameter] = {key: t for key, t in memory.items() if key not in ("now", "best")}
+    best = {name.removeprefix("best:"): t for name, t in tensors.items() if name.startswith("best:")}
+    return State(**saved["position"], best_tensors=best)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,244 @@
+"""fit: from a model and rows to a run directory with an adapter that is proven on rows it has not seen.
+
+    run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit._version import __version__
+from lorakit.adapter import Adapter
+from lorakit.attach import attach, base_fingerprint, collect, detach
+from lorakit.data import Splits, load_splits
+from lorakit.data.batches import tokenize
+from lorakit.describe import plan as make_plan
+from lorakit.errors import FitError, MissingExtraError, UsageError, nearest
+from lorakit.files import write_json, write_text
+from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
+from lorakit.fit.curve import draw_curve
+from lorakit.fit.loop import Record, State, evaluate_tokens, load_tensors, make_optimizer, total_steps, train
+from lorakit.fit.settings import make_settings
+from lorakit.plan import Plan
+from lorakit.tasks.base import Base, load_base
+from lorakit.tasks.classify import HEAD, Classify
+
+Watch = Callable[[Record, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a fit brought: the adapter, metrics before and after on the test rows, records, and the run directory."""
+
+    adapter: Adapter
+    before: dict[str, float]
+    metrics: dict[str, float]
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    out: Path | None
+
+    def __repr__(self) -> str:
+        where = f", '{self.out}'" if self.out else ""
+        return f"Result(accuracy {self.before['accuracy']:.3f} -> {self.metrics['accuracy']:.3f}, {self.adapter!r}{where})"
+
+
+def fit(
+    model: str | Base,
+    data: str | Path | Splits,
+    task: str = "classify",
+    *,
+    plan: Plan | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Result:
+    """Trains an adapter and a head; keeps the best by the validation rows; reports on the test rows.
+
+    `model` is a name for `load_base` or a loaded Base, which is left as it was; `data` a source for `load_splits`, or
+    its result. `plan` defaults to rank 8 on every
+    matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a run that
+    was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. `watch` is called
+    with every Record and the total number of steps.
+    """
+    if task != "classify":
+        raise UsageError(f"unknown task '{task}'{nearest(task, ['classify'])}")
+    chosen = make_settings(settings)
+    place = Path(out) if out is not None else None
+    if place is not None:
+        _claim(place, resume, overwrite)
+    began = time.perf_counter()
+    data = (data if isinstance(data, Splits) else load_splits(data, seed=chosen.seed)).checked()
+    base = load_base(model) if isinstance(model, str) else model
+    goal = Classify(data.labels, base.pool, base.max_length)
+    parts = {
+        name: tokenize(rows, base.tokenizer, goal.labels, base.max_length, chosen.truncate)
+        for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
+    }
+    net = base.model
+    had_head = hasattr(net, HEAD)
+    goal.prepare(net)
+    try:
+        entries = plan or make_plan(net, trained=(HEAD,))
+        if not any(name == HEAD or name.startswith(HEAD + ".") for name in entries.trained):
+            entries = Plan(entries.layers, (*entries.trained, HEAD), entries.note)
+        attach(net, entries, seed=chosen.seed)
+        try:
+            before = evaluate_tokens(net, goal, parts["test"], chosen.eval_batch_size)[0]
+            identity = {
+                "settings": chosen.values(),
+                "plan": entries.toml(),
+                "base": base_fingerprint(net, entries.layers),
+                "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
+                "labels": list(goal.labels),
+            }
+            records, state = _run(net, goal, parts, chosen, place, resume, identity, watch)
+            load_tensors(net, state.best_tensors)
+            metrics = evaluate_tokens(net, goal, parts["test"], chosen.eval_batch_size)[0]
+            adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
+        finally:
+            detach(net)
+    finally:
+        if not had_head and HEAD in net._modules:
+            del net._modules[HEAD]
+    summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began)
+    if place is not None:
+        _finish(place, adapter, entries, records, summary)
+    return Result(adapter, before, metrics, records, summary, place)
+
+
+def _claim(place: Path, resume: bool, overwrite: bool) -> None:
+    """The run directory must be new, unless it is to go on or to be replaced."""
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"'{place}' is a file; name a directory for the run")
+    if place.is_dir() and any(place.iterdir()):
+        ours = (place / "summary.json").exists() or (place / "checkpoint").exists() or (place / "records.jsonl").exists()
+        if resume and not (place / "checkpoint").is_dir():
+            done = (place / "summary.json").exists()
+            raise UsageError(f"'{place}' holds {'a finished run' if done else 'no checkpoint'}; there is nothing to resume")
+        if not resume and not overwrite:
+            raise UsageError(f"'{place}' is not empty; resume the run in it, overwrite it, or name another directory")
+        if overwrite and not resume:
+            if not ours:
+                raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
+            for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
+                (place / name).unlink(missing_ok=True)
+            for name in ("checkpoint", "adapter"):
+                shutil.rmtree(place / name, ignore_errors=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".writable").touch()
+        (place / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
+
+
+def _run(
+    net: nn.Module,
+    goal: Classify,
+    parts: dict[str, Any],
+    chosen: Any,
+    place: Path | None,
+    resume: bool,
+    identity: dict[str, Any],
+    watch: Watch | None,
+) -> tuple[list[dict[str, Any]], State]:
+    optimizer = make_optimizer(net, chosen)
+    state, records = State(), []
+    if place is not None and resume:
+        state = load_checkpoint(place / "checkpoint", net, optimizer, identity)
+        records = _read_records(place / "records.jsonl", state.step, state.epoch)
+    stream = None
+    if place is not None:
+        write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        stream = open(place / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed below
+    total = total_steps(len(parts["train"]), chosen)
+    try:
+        for record in train(net, goal, parts["train"], parts["valid"], chosen, optimizer, state):
+            line = {"kind": record.kind, "step": record.step, "epoch": record.epoch, **record.values}
+            records.append(line)
+            due = record.kind == "valid" or (chosen.checkpoint_steps and record.step % chosen.checkpoint_steps == 0)
+            if stream is not None and place is not None:
+                stream.write(json.dumps(line) + "\n")
+                if due:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    save_checkpoint(place / "checkpoint", net, optimizer, state, identity)
+            if watch is not None:
+                watch(record, total)
+    except OSError as error:
+        raise FitError(f"cannot write into '{place}': {error.strerror or error}; free some space and resume") from None
+    finally:
+        if stream is not None:
+            stream.close()
+    return records, state
+
+
+def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
+    """The records up to the checkpoint; later ones will be made again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # cut short by the kill
+        if record["step"] > step or (record["kind"] == "valid" and record["epoch"] > epoch):
+            break
+        records.append(record)
+    return records
+
+
+def _summary(
+    base: Base,
+    adapter: Adapter,
+    before: dict[str, float],
+    metrics: dict[str, float],
+    state: State,
+    records: list[dict[str, Any]],
+    data: Splits,
+    seconds: float,
+) -> dict[str, Any]:
+    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
+    return {
+        "base": base.name,
+        "base_parameters": sum(p.numel() for p in base.model.parameters()),
+        "base_bytes": base_bytes,
+        "adapter_parameters": adapter.n_parameters,
+        "adapter_bytes": adapter.n_bytes,
+        "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "labels": list(data.labels),
+        "before": before,
+        "test": metrics,
+        "best_valid": state.best,
+        "steps": state.step,
+        "epochs": state.epoch,
+        "train_s": round(state.seconds, 2),
+        "total_s": round(seconds, 2),
+        "tokens_per_s": round(tokens / state.seconds) if state.seconds else None,
+        "threads": torch.get_num_threads(),
+        "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _finish(place: Path, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    plan.save(place / "plan.toml")
+    adapter.save(place / "adapter")
+    try:
+        draw_curve(records, place / "curve.png")
+        summary["curve"] = "curve.png"
+    except MissingExtraError as error:
+        summary["curve"] = f"not drawn: {error}"
+    write_json(place / "summary.json", summary)
+    shutil.rmtree(place / "checkpoint", ignore_errors=True)

@@ -1,0 +1,83 @@
+"""Settings of a fit: one frozen value, the same names as command-line flags and as keys of a TOML file."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UsageError, listed, nearest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `epochs` is the most; `patience` evaluations without a better one end the run before it.
+
+    `learning_rate` is the peak of a linear warm-up (`warmup`, a share of all steps) and a cosine down to 0.
+    `clip` bounds the gradient's norm. `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
+    """
+
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    patience: int = 4
+    seed: int = 0
+    max_steps: int = 0
+    checkpoint_steps: int = 0
+    eval_batch_size: int = 64
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is {getattr(self, name)}; it must be {wish}"
+            for name, good, wish in (
+                ("epochs", self.epochs >= 1, "at least 1"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("eval_batch_size", self.eval_batch_size >= 1, "at least 1"),
+                ("learning_rate", 0 < self.learning_rate < 10, "above 0 and below 10"),
+                ("warmup", 0 <= self.warmup < 1, "a share from 0 to 1"),
+                ("weight_decay", self.weight_decay >= 0, "0 or more"),
+                ("clip", self.clip > 0, "above 0"),
+                ("patience", self.patience >= 1, "at least 1"),
+                ("max_steps", self.max_steps >= 0, "0 (no bound) or more"),
+                ("checkpoint_steps", self.checkpoint_steps >= 0, "0 or more"),
+            )
+            if not good
+        ]
+        if faults:
+            raise UsageError(listed(faults))
+
+    def values(self) -> dict[str, Any]:
+        """Name -> value."""
+        return asdict(self)
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings from names and values; UsageError for an unknown name or a value of the wrong type."""
+    known = {field.name: field.type for field in fields(Settings)}
+    faults = [f"unknown setting '{name}'{nearest(name, known)}" for name in given if name not in known]
+    good: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            continue
+        wanted = {"int": int, "float": float, "bool": bool}[str(getattr(known[name], "__name__", known[name]))]
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            faults.append(f"{name} is {value!r}; it must be of type {wanted.__name__}")
+        else:
+            good[name] = value
+    if faults:
+        raise UsageError(listed(faults))
+    return Settings(**good)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A TOML file of settings, unchecked."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read settings '{path}': {error}") from None

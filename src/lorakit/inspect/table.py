@@ -1,0 +1,125 @@
+"""inspect: one line for each layer: rank, effective rank, share of the energy, size relative to the weight.
+
+Singular values come from the factors alone (`linalg.product_svd`). The size relative to W, and methods whose delta
+depends on W (dora, ia3), need the model.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.adapter import Adapter
+from lorakit.attach import base_fingerprint
+from lorakit.describe import locate
+from lorakit.errors import AdapterError, BaseMismatchError
+from lorakit.linalg import effective_rank, energy_rank, product_svd, stable_rank
+from lorakit.method import METHODS, layer_update
+from lorakit.update import AdaptedLayer
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer. `norm` is the Frobenius norm of the delta; `energy` its share of the squared norms of all layers;
+    `relative` is `norm / |W|`; None where the model is needed and was not given."""
+
+    path: str
+    method: str
+    rank: int
+    effective_rank: float | None
+    stable_rank: float | None
+    rank_90: int | None
+    norm: float | None
+    energy: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class View:
+    """All layers of an adapter. `str()` is the table; `values()` is ready for JSON."""
+
+    title: str
+    layers: tuple[LayerView, ...]
+    trained: dict[str, int]
+
+    def values(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"adapter": self.title, "layers": [asdict(layer) for layer in self.layers], "trained": self.trained}
+
+    def __str__(self) -> str:
+        header = ("layer", "method", "rank", "effective", "stable", "90 %", "|delta|", "energy", "|delta|/|W|")
+        rows = [
+            (
+                view.path,
+                view.method,
+                str(view.rank or "-"),
+                _shown(view.effective_rank, ".1f"),
+                _shown(view.stable_rank, ".1f"),
+                _shown(view.rank_90, "d"),
+                _shown(view.norm, ".3g"),
+                _shown(view.energy, ".1%"),
+                _shown(view.relative, ".2%"),
+            )
+            for view in self.layers
+        ]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        lines = [self.title, ""]
+        for row in [header, tuple("-" * width for width in widths), *rows]:
+            cells = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]
+            lines.append("  ".join(cells).rstrip())
+        if self.trained:
+            lines += ["", "trained fully: " + ", ".join(f"{name} ({n:,} numbers)" for name, n in self.trained.items())]
+        if any(view.norm is None for view in self.layers):
+            lines += ["", "'-': needs the base model; pass it with --base (Python: model=...)"]
+        elif any(view.relative is None for view in self.layers):
+            lines += ["", "|delta|/|W| needs the base model; pass it with --base (Python: model=...)"]
+        dead = [view.path for view in self.layers if view.norm == 0]
+        if dead:
+            lines += ["", f"{len(dead)} of {len(self.layers)} layers change nothing, e.g. '{dead[0]}'"]
+        return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: bool = True) -> View:
+    """What each layer of an adapter does. With `model`, also its size relative to the weights.
+
+    Raises AdapterError if the model lacks a layer, BaseMismatchError if it has other weights.
+    """
+    if model is not None and check_base and adapter.base_fingerprint:
+        if adapter.base_fingerprint != base_fingerprint(model, adapter.layers):
+            raise BaseMismatchError("this adapter was made for other weights than the given model has; pass that base")
+    views = [_view(path, layer, model) for path, layer in adapter.layers.items()]
+    total = sum(view.norm**2 for view in views if view.norm is not None)
+    if total > 0 and all(view.norm is not None for view in views):
+        views = [LayerView(**{**asdict(view), "energy": (view.norm or 0.0) ** 2 / total}) for view in views]
+    return View(repr(adapter), tuple(views), {name: tensor.numel() for name, tensor in adapter.trained.items()})
+
+
+def _view(path: str, layer: AdaptedLayer, model: nn.Module | None) -> LayerView:
+    weight = None
+    if model is not None:
+        found = locate(model, path)
+        if found is None:
+            raise AdapterError(f"the model has no layer '{path}', which the adapter changes")
+        weight = found.kind.canonical(found.module, found.weight.detach()).float()
+    method = METHODS[layer.method]
+    if weight is None and not method.exact_pair:
+        return LayerView(path, layer.method, layer.rank, None, None, None, None, None, None)
+    if method.exact_pair:
+        update = layer_update(layer)
+        assert update.a is not None and update.b is not None
+        s = product_svd(update.b, update.a, update.scale).s
+    else:
+        assert weight is not None
+        s = torch.linalg.svdvals(layer_update(layer, lambda: weight).delta(weight).float())
+    s = s.reshape(-1, s.shape[-1]).square().sum(0).sqrt() if s.ndim > 1 else s  # experts: all together
+    norm = float(s.square().sum().sqrt())
+    relative = None if weight is None else norm / max(float(torch.linalg.vector_norm(weight)), math.ulp(0.0))
+    return LayerView(
+        path, layer.method, layer.rank, effective_rank(s), stable_rank(s), energy_rank(s, 0.9), norm, None, relative
+    )

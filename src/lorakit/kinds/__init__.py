@@ -1,0 +1,118 @@
+"""Kinds: what sort of layer a weight belongs to, and how an `Update` is applied to it. One file per family.
+
+A kind translates between the tensor as the layer stores it and the canonical weight `W (o, i)`, and adds the parts of
+an update to the layer's output. It knows nothing of methods. Quantized kinds import their library inside functions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from lorakit.registry import Registry
+from lorakit.update import Update
+
+
+class Shapes(NamedTuple):
+    """A weight as its layer stores it, its canonical `(o, i)`, and what stands around them (see LayerSpec)."""
+
+    shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    batch: tuple[int, ...] = ()
+    groups: int = 1
+    has_bias: bool = False
+
+
+class Kind(ABC):
+    """One family of layers. `specific` orders the look-up: the highest that matches a module wins."""
+
+    name: ClassVar[str]
+    layers: ClassVar[str]
+    specific: ClassVar[int] = 0
+    fusable: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kind_named, (self.name,)  # pickle and deepcopy give the registered one
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Is this module of this kind?"""
+
+    @abstractmethod
+    def shapes(self, module: nn.Module, parameter: str) -> Shapes:
+        """Shapes of the weight."""
+
+    @abstractmethod
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The stored weight as `W (.., o, i)`, a view where its memory format allows one."""
+
+    @abstractmethod
+    def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """`W (.., o, i)` as the layer stores it, a view: the inverse of `canonical`."""
+
+    @abstractmethod
+    def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The layer with weight `b @ a` and no bias, applied to `x`, without forming the product."""
+
+    @abstractmethod
+    def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer with canonical weight `weight` and no bias, applied to `x`."""
+
+    def plain(self, module: nn.Module) -> bool:
+        """The module computes just what this kind says; False for a subclass with a forward of its own."""
+        return True
+
+    def over_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
+        """A vector over output channels, shaped to multiply the output."""
+        return vector
+
+    def over_inputs(self, vector: Tensor, x: Tensor) -> Tensor:
+        """A vector over input channels, shaped to multiply the input."""
+        return vector
+
+    def apply(self, module: nn.Module, x: Tensor, y: Tensor, update: Update) -> Tensor:
+        """The output of the changed layer, from its input `x` and the unchanged output `y`."""
+        if update.gain_in is not None:
+            x = x * self.over_inputs(update.gain_in.to(x.dtype), x)
+            y = type(module).forward(module, x)
+        bias = getattr(module, "bias", None) if update.gain is not None and not update.gain_covers_bias else None
+        if bias is not None:
+            y = y - self.over_outputs(bias, y)
+        if update.a is not None and update.b is not None:
+            compute = x.dtype if x.is_floating_point() else y.dtype
+            extra = self.pair(module, x, update.a.to(compute), update.b.to(compute)).to(y.dtype)
+            y = y.add(extra, alpha=update.scale)
+        if update.dense is not None:
+            y = y + self.dense(module, x, update.dense.to(y.dtype))
+        if update.gain is not None:
+            y = y * self.over_outputs(update.gain.to(y.dtype), y)
+        if bias is not None:
+            y = y + self.over_outputs(bias, y)
+        if update.bias is not None:
+            y = y + self.over_outputs(update.bias.to(y.dtype), y)
+        return y
+
+
+KINDS: Registry[Kind] = Registry("kind", "lorakit.kinds")
+
+
+def kind_named(name: str) -> Kind:
+    """The registered kind of this name."""
+    return KINDS[name]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module, or None. A weight that is computed (weight_norm, pruning) is nobody's to change."""
+    if module._parameters.get("weight") is None:
+        return None
+    best: Kind | None = None
+    for kind in KINDS:
+        if (best is None or kind.specific > best.specific) and kind.matches(module):
+            best = kind
+    return best
+
+
+def same_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """The module's class has this very forward, not one of its own."""
+    return type(module).forward is forward

@@ -1,0 +1,183 @@
+"""The plan: which layer gets which method, rank, scale and start. Pure data, one TOML file that a person can edit.
+
+    version = 1
+    trained = ["classifier"]            # modules or parameters trained fully, beside the low-rank layers
+
+    [default]
+    method = "lora"
+    rank = 8
+    scale = "16/r"                      # or "16/sqrt(r)", or one number
+    start = "kaiming"
+
+    [layers]
+    "encoder.layer.0.attention.self.query" = {}
+    "encoder.layer.0.attention.self.value" = { rank = 4 }
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import PlanError, listed, nearest
+from lorakit.files import write_text
+
+VERSION = 1
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # not allowed in a TOML comment
+_RULE = re.compile(r"^\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*/\s*(r|sqrt\(r\))\s*$")
+
+
+def resolve_scale(rule: float | str, rank: int) -> float:
+    """The one number that multiplies `b @ a`.
+
+    A number is itself. "16/r" is the rule of Hu et al. (2021), "16/sqrt(r)" the rank-stable one of Kalajdzievski
+    (2023), with 16 as alpha.
+
+    >>> resolve_scale("16/r", 8), resolve_scale("16/sqrt(r)", 16), resolve_scale(0.5, 8)
+    (2.0, 4.0, 0.5)
+    """
+    if isinstance(rule, int | float) and not isinstance(rule, bool):
+        value = float(rule)
+    else:
+        match = _RULE.match(rule) if isinstance(rule, str) else None
+        if match is None:
+            raise PlanError(f"scale {rule!r} is neither a number nor a rule; use 2.0, \"16/r\" or \"16/sqrt(r)\"")
+        if rank == 0:
+            return 1.0
+        value = float(match[1]) / (rank if match[2] == "r" else math.sqrt(rank))
+    if not math.isfinite(value) or value == 0:
+        raise PlanError(f"scale {rule!r} gives {value} at rank {rank}; it must be finite and not 0")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer gets. `rank` is 0 for methods without one (ia3)."""
+
+    method: str = "lora"
+    rank: int = 8
+    scale: float | str = "16/r"
+    start: str = "kaiming"
+
+    @property
+    def scale_value(self) -> float:
+        """The scale as a number."""
+        return resolve_scale(self.scale, self.rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layer path -> LayerPlan, and the modules or parameters that are trained fully."""
+
+    layers: Mapping[str, LayerPlan]
+    trained: tuple[str, ...] = ()
+    note: str = field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        ranks = Counter(layer.rank for layer in self.layers.values())
+        methods = sorted({layer.method for layer in self.layers.values()})
+        ranks_text = ", ".join(f"{rank} x {n}" for rank, n in sorted(ranks.items()))
+        extra = f", trained {list(self.trained)}" if self.trained else ""
+        return f"Plan({len(self.layers)} layers, {'+'.join(methods) or 'no method'}, rank {ranks_text or 'none'}{extra})"
+
+    def with_layer(self, path: str, **changes: Any) -> "Plan":
+        """The plan with one layer changed, e.g. `plan.with_layer("h.0.attn.c_attn", rank=4)`."""
+        if path not in self.layers:
+            raise PlanError(f"'{path}' is not in the plan{nearest(path, self.layers)}")
+        return replace(self, layers={**self.layers, path: replace(self.layers[path], **changes)})
+
+    def toml(self) -> str:
+        """The plan as TOML text; `Plan.parse` gives it back."""
+        default = _commonest(list(self.layers.values()))
+        lines = ["# lorakit plan: which layer gets which method, rank, scale and start. Edit freely."]
+        lines += [f"# {_CONTROL.sub(' ', line)}" for line in self.note.splitlines()]
+        lines += [f"version = {VERSION}", f"trained = {_toml(list(self.trained))}", ""]
+        lines += ["[default]", *(f"{key} = {_toml(value)}" for key, value in default.items()), "", "[layers]"]
+        for path, layer in self.layers.items():
+            own = {key: value for key, value in asdict(layer).items() if value != default[key]}
+            body = ", ".join(f"{key} = {_toml(value)}" for key, value in own.items())
+            lines.append(f"{_toml(path)} = {{ {body} }}" if body else f"{_toml(path)} = {{}}")
+        return "\n".join(lines) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as TOML, atomically."""
+        write_text(Path(path), self.toml())
+
+    @classmethod
+    def parse(cls, text: str, source: str = "plan") -> "Plan":
+        """Reads a plan from TOML text. Raises PlanError that lists every fault."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(f"{source} is not valid TOML: {error}") from None
+        faults: list[str] = []
+        known = {"version", "trained", "default", "layers"}
+        faults += [f"unknown key '{key}'{nearest(key, known)}" for key in data if key not in known]
+        if data.get("version", VERSION) != VERSION:
+            faults.append(f"version is {data['version']!r}; this lorakit reads version {VERSION}")
+        trained = data.get("trained", [])
+        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+            faults.append("'trained' must be a list of module or parameter names")
+            trained = []
+        default = _layer(LayerPlan(), data.get("default", {}), "[default]", faults)
+        table = data.get("layers", {})
+        if not isinstance(table, dict):
+            faults.append("[layers] must be a table of layer path = { ... }")
+            table = {}
+        layers = {path: _layer(default, entry, f"'{path}'", faults) for path, entry in table.items()}
+        if faults:
+            raise PlanError(f"{source}: {listed(faults)}")
+        return cls(layers, tuple(trained))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads a plan file."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan '{path}': {error}") from None
+        return cls.parse(text, str(path))
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"method": (str,), "rank": (int,), "scale": (int, float, str), "start": (str,)}
+
+
+def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> LayerPlan:
+    if not isinstance(entry, dict):
+        faults.append(f"{place} must be a table such as {{ rank = 8 }}, not {entry!r}")
+        return default
+    good: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key not in _TYPES:
+            faults.append(f"{place} has an unknown key '{key}'{nearest(key, _TYPES)}")
+        elif isinstance(value, bool) or not isinstance(value, _TYPES[key]):
+            faults.append(f"{place}: {key} is {value!r}; it must be {' or '.join(t.__name__ for t in _TYPES[key])}")
+        elif key == "rank" and value < 0:
+            faults.append(f"{place}: rank is {value}; it must be 0 or more")
+        else:
+            good[key] = value
+    layer = replace(default, **good)
+    try:
+        resolve_scale(layer.scale, layer.rank)
+    except PlanError as error:
+        faults.append(f"{place}: {error}")
+        return replace(layer, scale=default.scale)  # said once: layers that inherit it are not at fault too
+    return layer
+
+
+def _toml(value: Any) -> str:
+    """A string, number or list of strings as TOML: JSON, but for the one control character that JSON leaves bare."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _commonest(layers: list[LayerPlan]) -> dict[str, Any]:
+    if not layers:
+        return asdict(LayerPlan())
+    rows = [asdict(layer) for layer in layers]
+    return {key: Counter(row[key] for row in rows).most_common(1)[0][0] for key in rows[0]}

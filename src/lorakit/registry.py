@@ -1,0 +1,85 @@
+"""Named entries found by themselves: one file, one entry, no list to edit.
+
+A room such as `lorakit.methods` is scanned once, on the first look-up: importing each of its files runs the
+`@METHODS.add` decorator there. Entries of other packages come through the entry-point group of the same name
+(`lorakit.methods`): the entry point names a module or the entry itself.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, Protocol, TypeVar
+
+from lorakit.errors import UsageError, nearest
+
+
+class Named(Protocol):
+    """What a registry holds: anything with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Generic[T]):
+    """Entries of one room, by name."""
+
+    def __init__(self, noun: str, room: str) -> None:
+        self.noun = noun
+        self.room = room
+        self._entries: dict[str, T] = {}
+        self._scanned = False
+
+    def add(self, cls: type[T]) -> type[T]:
+        """Class decorator: registers one instance of the class under its `name`."""
+        entry = cls()
+        if entry.name in self._entries:
+            raise UsageError(f"two {self.noun}s are called '{entry.name}'; names must be unique")
+        self._entries[entry.name] = entry
+        return cls
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True  # before the imports: an entry may look up another one
+        try:
+            package = importlib.import_module(self.room)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.room}.{module.name}")
+            for point in entry_points(group=self.room):
+                self._load(point)
+        except BaseException:
+            self._scanned = False  # half a registry would call known names unknown
+            raise
+
+    def _load(self, point: EntryPoint) -> None:
+        try:
+            point.load()
+        except Exception as error:
+            raise UsageError(
+                f"the {self.noun} plug-in '{point.name}' ({point.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}; repair or uninstall its package"
+            ) from error
+
+    def __getitem__(self, name: str) -> T:
+        self._scan()
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UsageError(f"unknown {self.noun} '{name}'{nearest(name, self._entries)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[T]:
+        self._scan()
+        return iter(self._entries.values())
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self._scan()
+        return sorted(self._entries)

@@ -1,0 +1,1 @@
+"""Starts: how the factors of a low-rank pair begin. One file each; see `lorakit.method.Start`."""

@@ -1,0 +1,26 @@
+"""pissa: the pair begins as the leading singular triples of W itself (Meng et al., 2024, arXiv 2404.02948).
+
+`scale * b a` is the best rank-r approximation of W, with the singular values shared evenly. The method keeps this
+start frozen beside the trained pair and subtracts it, so the base weight is never rewritten (PEFT rewrites it).
+"""
+
+import torch
+
+from lorakit.linalg import Svd
+from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.update import LayerSpec
+
+
+@STARTS.add
+class Pissa(Start):
+    """Leading singular triples of W."""
+
+    name = "pissa"
+    use = "faster early learning; stores a pair of width 2r"
+    source = "Meng et al., 2024, arXiv 2404.02948"
+    zero = False
+
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+        u, s, vh = torch.linalg.svd(weight().detach().float().cpu() / abs(scale), full_matrices=False)
+        b, a = Svd(u, s, vh.mT).truncated(rank).balanced()
+        return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())

