@@ -292,3 +292,22 @@ def test_what_peft_cannot_say_is_told_and_kept_under_our_names(tmp_path: Path) -
         adapter.save(tmp_path / str(number))
         assert not (tmp_path / str(number) / "adapter_config.json").exists()
         assert lk.load(tmp_path / str(number)) == adapter
+
+
+@pytest.mark.parametrize("how", ["dilation", "padding"])
+def test_a_convolution_that_peft_would_compute_otherwise_is_written_under_our_names(tmp_path, how):
+    """PEFT's inner convolution copies stride and padding of the layer, and neither dilation nor padding mode."""
+    own = {"dilation": 2} if how == "dilation" else {"padding_mode": "circular"}
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=2, **own))
+    lk.attach(model, lk.plan(model, rank=2, layers="all-conv"))
+    lk.collect(model).save(tmp_path / "a")
+    assert not (tmp_path / "a" / "adapter_config.json").exists()
+    assert lk.load(tmp_path / "a") == lk.collect(model)
+
+
+def test_an_attention_output_adapted_alone_is_written_under_our_names(tmp_path):
+    """PEFT wraps nn.MultiheadAttention whole; a wrapper around out_proj alone is never called, and says nothing."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    lk.attach(model, lk.plan(model, rank=2, layers=["out_proj"]))
+    lk.collect(model).save(tmp_path / "a")
+    assert not (tmp_path / "a" / "adapter_config.json").exists()

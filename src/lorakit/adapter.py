@@ -7,6 +7,7 @@ weights, how it was made). An adapter whose method PEFT does not know keeps its 
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lorakit import peft_format
 from lorakit._version import __version__
@@ -36,13 +38,13 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     bfloat16 does, so there are two hashes, with a point between them: the second rounds to float16 first (see
     `same_base`).
     """
-    direct, by_half = hashlib.sha256(), hashlib.sha256()
-    for name, weight in sorted(weights, key=lambda pair: pair[0]):
-        flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].cpu().contiguous()
-        for digest, rounded in ((direct, sample), (by_half, sample.to(torch.float16))):
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
+    named = sorted(weights, key=lambda pair: pair[0])
+    shapes = hashlib.sha256(repr([(name, tuple(weight.shape)) for name, weight in named]).encode())
+    direct, by_half = shapes, shapes.copy()
+    if named:
+        flat = [weight.detach().reshape(-1) for _, weight in named]
+        samples = torch.cat([w[:: max(1, w.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float32) for w in flat])
+        for digest, rounded in ((direct, samples), (by_half, samples.to(torch.float16))):
             digest.update(rounded.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return f"{direct.hexdigest()[:32]}.{by_half.hexdigest()[:32]}"
 
@@ -194,6 +196,7 @@ def _note(layer: AdaptedLayer) -> dict[str, Any]:
         "scale": layer.scale,
         "start": layer.start,
         "groups": layer.groups,
+        "peculiar": layer.peculiar,
         "factors": sorted(layer.factors),
     }
 
@@ -204,12 +207,16 @@ def _native(layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]) -
 
 
 def _refuse_broken(adapter: Adapter, place: str) -> None:
-    tensors = [(f"'{path}' {name}", t) for path, layer in adapter.layers.items() for name, t in layer.factors.items()]
-    tensors += [(f"'{name}'", t) for name, t in adapter.trained.items()]
-    tensors += [(f"'{path}' scale", torch.tensor(float(layer.scale))) for path, layer in adapter.layers.items()]
-    bad = [name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        raise AdapterError(f"{place}: NaN or infinite numbers in {listed(bad)}")
+    factors = [t for layer in adapter.layers.values() for t in layer.factors.values()]
+    floating = [t for t in (*factors, *adapter.trained.values()) if t.is_floating_point() and t.numel()]
+    scales = [layer.scale for layer in adapter.layers.values()]
+    if all(map(math.isfinite, scales)) and (not floating or math.isfinite(get_total_norm(floating, math.inf))):
+        return  # one pass over everything; which one it is, is asked only where something is wrong
+    named = [(f"'{path}' {name}", t) for path, layer in adapter.layers.items() for name, t in layer.factors.items()]
+    named += [(f"'{name}'", t) for name, t in adapter.trained.items()]
+    bad = [name for name, t in named if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad += [f"'{path}' scale" for path, layer in adapter.layers.items() if not math.isfinite(layer.scale)]
+    raise AdapterError(f"{place}: NaN or infinite numbers in {listed(bad)}")
 
 
 def _from_notes(path: Path, tensors: dict[str, Tensor]) -> Adapter:
@@ -230,8 +237,8 @@ def _from_notes(path: Path, tensors: dict[str, Tensor]) -> Adapter:
 
 
 def _blank(note: Mapping[str, Any], factors: dict[str, Tensor]) -> AdaptedLayer:
-    rank, scale, start, groups = (note[key] for key in ("rank", "scale", "start", "groups"))
-    return AdaptedLayer(note["method"], note["kind"], tuple(note["shape"]), factors, rank, scale, start, groups)
+    rest = {key: note[key] for key in ("rank", "scale", "start", "groups", "peculiar")}
+    return AdaptedLayer(note["method"], note["kind"], tuple(note["shape"]), factors, **rest)
 
 
 def _from_native_names(

@@ -114,7 +114,8 @@ def _spec(
     elif bare and len(shapes.shape) == 3 and 1 < shapes.shape[0] == getattr(module, "num_experts", None):
         role = "experts" if role == "other" else role
     called = not bare and owner_of(model, module, path) is module
-    return LayerSpec(path, kind.name, *shapes[:4], role, block_of(path), shapes.has_bias, called, tied)
+    peculiar = shapes.peculiar or ("" if bare or called else "its weight is read without a call")
+    return LayerSpec(path, kind.name, *shapes[:4], role, block_of(path), shapes.has_bias, called, tied, peculiar)
 
 
 def owner_of(model: nn.Module, module: nn.Module, path: str) -> nn.Module:

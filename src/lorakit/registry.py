@@ -79,6 +79,10 @@ class Registry(Generic[T]):
         self._scan()
         return iter(self._entries.values())
 
+    def __len__(self) -> int:
+        self._scan()
+        return len(self._entries)
+
     def names(self) -> list[str]:
         """All names, sorted."""
         self._scan()

@@ -79,7 +79,8 @@ class LayerSpec:
 
     `path` is the dotted module name; for a weight that is a bare parameter (experts, attention projections, recurrent
     nets) the module name and the parameter's. `matrix` is the canonical `(o, i)`, `batch` the experts before it,
-    `shape` the tensor as the model stores it. `block` is the index in the model's stack of layers.
+    `shape` the tensor as the model stores it. `block` is the index in the model's stack of layers. `peculiar` says what
+    the formats of others cannot express about this layer; '' mostly.
     """
 
     path: str
@@ -93,6 +94,7 @@ class LayerSpec:
     has_bias: bool = False
     called: bool = True
     tied: tuple[str, ...] = ()
+    peculiar: str = ""
 
     @property
     def n_parameters(self) -> int:
@@ -112,7 +114,8 @@ class LayerSpec:
 class AdaptedLayer:
     """One layer's part of an adapter: named factors, canonical shapes, and what they mean.
 
-    `kind`, `shape` and `groups` are those of the weight the factors were made for; `rank` is the declared one.
+    `kind`, `shape`, `groups` and `peculiar` are those of the weight the factors were made for (see LayerSpec); `rank` is
+    the declared one.
     """
 
     method: str
@@ -123,6 +126,7 @@ class AdaptedLayer:
     scale: float = 1.0
     start: str = ""
     groups: int = 1
+    peculiar: str = ""
 
     @property
     def n_parameters(self) -> int:

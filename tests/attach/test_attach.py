@@ -417,11 +417,11 @@ def test_detaching_one_adapter_leaves_the_others() -> None:
 def test_adapters_of_different_methods_add_up_on_one_layer() -> None:
     model = net(torch.float64)
     plain = model(IDS)
+    for method in ("lora", "dora", "ia3"):
+        lk.attach(model, lk.plan(model, rank=2, method=method, layers=["head"]), name=method)
+    perturb(model)
     changes = []
     for method in ("lora", "dora", "ia3"):
-        plan = lk.plan(model, rank=2, method=method, layers=["head"])
-        lk.attach(model, plan, name=method)
-        perturb(model)
         lk.activate(model, method)
         changes.append(model(IDS) - plain)  # the head is last, so its changes add up in the output
     lk.activate(model, ["lora", "dora", "ia3"])
@@ -902,7 +902,10 @@ def test_autocast_computes_in_half_precision_like_the_base_does() -> None:
     lk.attach(model, adapted())
     exact = model(IDS)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(model(IDS).float(), exact, atol=0.1)  # bfloat16: 2^-8 on numbers of order one, in six layers
+        half = model(IDS)
+    assert half.dtype == torch.bfloat16
+    gap = float(((half.float() - exact).abs().max() / exact.abs().max()).detach())
+    assert gap < 0.1  # bfloat16 rounds at 2^-8, some ten times in six layers
 
 
 # ---------------------------------------------------------------- parts and wrappers
@@ -930,7 +933,7 @@ def test_verbs_see_through_wrappers() -> None:
     lk.activate(wrapped, "default")
     assert lk.collect(wrapped) == adapted()
     lk.detach(wrapped)
-    assert snapshot(model) == snapshot(net()) or [*model.state_dict()] == [*net().state_dict()]
+    assert [*model.state_dict()] == [*net().state_dict()]
     with pytest.raises(AttachError):
         active(model)
 

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
 from lorakit.attach.slots import Factors, home_of, slots_of, stand_in
+from lorakit.describe import locate
 from lorakit.errors import AttachError, nearest
 from lorakit.update import AdaptedLayer
 
@@ -21,19 +22,20 @@ def collect(model: nn.Module, name: str | None = None) -> Adapter:
     if name not in switch.names:
         raise AttachError(f"no adapter named '{name}' is attached{nearest(name, switch.names)}")
     layers: dict[str, AdaptedLayer] = {}
-    for module, parameter, slot in slots_of(model, switch.names[name]):
+    for _, _, slot in slots_of(model, switch.names[name]):
         factors: Factors = slot._modules[name]  # type: ignore[assignment]
-        weight = module._parameters[parameter]
-        assert weight is not None
+        found = locate(model, slot.path)
+        assert found is not None
         layers[slot.path] = AdaptedLayer(
             factors.method.name,
-            slot.kind.name,
-            tuple(weight.shape),
+            found.spec.kind,
+            found.spec.shape,
             {key: _value(tensor) for key, tensor in factors.tensors().items()},
             factors.rank,
             factors.scale,
             factors.start,
-            int(getattr(module, "groups", 1)),
+            found.spec.groups,
+            found.spec.peculiar,
         )
     trained: dict[str, Tensor] = {}
     for full_name in switch.trained[name]:

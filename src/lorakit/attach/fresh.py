@@ -52,6 +52,7 @@ def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> Adapte
         entry.scale_value if ranked else 1.0,
         entry.start if ranked else "",
         spec.groups,
+        spec.peculiar,
     )
 
 

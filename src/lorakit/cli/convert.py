@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> Reply:
     if args.to == "portable":
         left_out = sorted(adapter.trained)
         adapter = _portable(adapter)
-    if args.to != "lorakit" and peft_format.encode(adapter.layers, adapter.trained, adapter.base_name) is None:
-        raise AdapterError(f"PEFT has no twin for this adapter ({', '.join(adapter.methods)}); keep it with --to lorakit")
+    reason = peft_format.why_no_twin(adapter.layers, adapter.trained) if args.to != "lorakit" else ""
+    if reason:
+        raise AdapterError(f"{reason}; keep this adapter with --to lorakit")
     adapter.save(out)
     if args.to != "lorakit":
         (out / NOTES).unlink()

@@ -6,6 +6,7 @@ an update to the layer's output. It knows nothing of methods. Quantized kinds im
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Shapes(NamedTuple):
     batch: tuple[int, ...] = ()
     groups: int = 1
     has_bias: bool = False
+    peculiar: str = ""
 
 
 class Kind(ABC):
@@ -106,11 +108,12 @@ def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module, or None. A weight that is computed (weight_norm, pruning) is nobody's to change."""
     if module._parameters.get("weight") is None:
         return None
-    best: Kind | None = None
-    for kind in KINDS:
-        if (best is None or kind.specific > best.specific) and kind.matches(module):
-            best = kind
-    return best
+    return next((kind for kind in _by_specificity(len(KINDS)) if kind.matches(module)), None)
+
+
+@lru_cache(maxsize=1)
+def _by_specificity(n_kinds: int) -> tuple[Kind, ...]:
+    return tuple(sorted(KINDS, key=lambda kind: -kind.specific))  # stable: the order of names among equals
 
 
 def same_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:

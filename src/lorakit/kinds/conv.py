@@ -26,7 +26,7 @@ class _Conv(Kind):
         for side in shape[1:]:
             fan_in *= side
         groups: int = module.groups  # type: ignore[assignment]
-        return Shapes(shape, (shape[0], fan_in), groups=groups, has_bias=module.bias is not None)
+        return Shapes(shape, (shape[0], fan_in), (), groups, module.bias is not None, _peculiar(module))
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -48,6 +48,14 @@ class _Conv(Kind):
 
     def over_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
         return vector.reshape(-1, *([1] * self.n_dims))
+
+
+def _peculiar(module: nn.Module) -> str:
+    """PEFT's inner convolution copies stride and padding of the layer, and nothing else."""
+    dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
+    if any(step != 1 for step in dilation):
+        return f"its dilation is {dilation}"
+    return "" if module.padding_mode == "zeros" else f"its padding mode is '{module.padding_mode}'"
 
 
 @KINDS.add

@@ -61,6 +61,8 @@ class Wrapped:
                 if not host or _OWN_READER.fullmatch(name):
                     raise NoTwinError(f"'{path}' is a weight that PEFT cannot reach alone")
                 self.parameters.setdefault(host, []).append(name)
+            if layer.peculiar and not attention_host(path, self.hosts):
+                raise NoTwinError(f"PEFT cannot say what is peculiar about '{path}': {layer.peculiar}")
         for host, names in self.parameters.items():
             order = in_registration_order(names)
             if order is None or host in self.modules:

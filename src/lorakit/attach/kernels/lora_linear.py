@@ -4,6 +4,10 @@ What it saves against the plain composition: no `(n, o)` temporary for the pair 
 no separate input gradient to add up, and for the backward only `x` (shared by all layers that read it) and the thin
 `s = x a^T (n, r)`. Six thin products per step, the floor without merging: `s`, `s b^T`, `ds`, `db`, `da`, `ds a`.
 
+In float32 on a CPU two of the six are saved by merging: `W + scale * b a` is made in the forward and again in the
+backward (nothing of its size is kept), which is less work once `n (i + o) > 2 i o`. Not in half precision: rounding the
+sum would lose most of a small delta.
+
 Factors are masters, usually float32; they are cast to the dtype of `x` here, and their gradients are cast back. On a
 CPU the rank is padded to a multiple of 16 with zeros, because narrower products run slower than wider ones there.
 """
@@ -27,15 +31,23 @@ def _ready(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def _pays_to_merge(x: Tensor, weight: Tensor) -> bool:
+    o, i = weight.shape
+    return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and x.shape[0] * (i + o) > 2 * i * o
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         wide_a, wide_b = _ready(a, b, x.dtype)
-        y = F.linear(x, weight, bias)
         s = x @ wide_a.T
-        y.addmm_(s, wide_b.T, alpha=scale)
+        if _pays_to_merge(x, weight):
+            y = F.linear(x, torch.addmm(weight, wide_b, wide_a, alpha=scale), bias)
+        else:
+            y = F.linear(x, weight, bias)
+            y.addmm_(s, wide_b.T, alpha=scale)
         ctx.save_for_backward(x, s, weight, a, b)
         ctx.scale = scale
         return y
@@ -54,8 +66,11 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             da = (ds.T @ x)[:r].to(a.dtype).mul_(scale)
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx.addmm_(ds, wide_a, alpha=scale)
+            if _pays_to_merge(x, weight):
+                dx = dy @ torch.addmm(weight, wide_b, wide_a, alpha=scale)
+            else:
+                dx = dy @ weight
+                dx.addmm_(ds, wide_a, alpha=scale)
         if ctx.needs_input_grad[1]:
             dweight = dy.T @ x
         if ctx.needs_input_grad[2]:

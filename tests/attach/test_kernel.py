@@ -1,0 +1,145 @@
+"""The fused linear layer against plain autograd, in float64; and what it keeps in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lorakit as lk
+from lorakit.attach.kernels.lora_linear import lora_linear
+
+RANKS = [1, 8, 16, 17]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+
+
+def tensors(r: int, shape: tuple[int, ...] = (2, 3, 6), o: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(r)
+    i = shape[-1]
+    sizes = [shape, (o, i), (o,), (r, i), (o, r)]
+    return [torch.randn(size, generator=g, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (0, 6), (2, 2, 2, 6)], ids=str)
+@pytest.mark.parametrize("r", RANKS)
+def test_output_and_all_gradients_are_those_of_autograd(r: int, shape: tuple[int, ...], biased: bool) -> None:
+    found, wanted = ([t.clone().requires_grad_() for t in tensors(r, shape)] for _ in range(2))
+    if not biased:
+        found[2] = wanted[2] = None  # type: ignore[call-overload]
+    y, z = lora_linear(*found, 0.7), plain(*wanted, 0.7)
+    assert y.shape == z.shape
+    assert torch.allclose(y, z, atol=1e-12)
+    weights = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).reshape(z.shape)
+    (y * weights).sum().backward()
+    (z * weights).sum().backward()
+    for one, other in zip(found, wanted):
+        if one is not None:
+            assert one.grad is not None
+            assert torch.allclose(one.grad, other.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_gradients_are_the_finite_differences(r: int) -> None:
+    leaves = tuple(t.requires_grad_() for t in tensors(r))
+    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, -1.3), leaves)
+
+
+@pytest.mark.parametrize("learning", [{"a", "b"}, {"x", "a", "b"}, {"a"}, {"b"}, {"x"}, {"weight"}, {"bias"}], ids=sorted)
+def test_only_what_learns_gets_a_gradient(learning: set[str]) -> None:
+    names = ("x", "weight", "bias", "a", "b")
+    found, wanted = ([t.clone() for t in tensors(3)] for _ in range(2))
+    for group in (found, wanted):
+        for name, tensor in zip(names, group):
+            tensor.requires_grad_(name in learning)
+    lora_linear(*found, 0.5).square().sum().backward()
+    plain(*wanted, 0.5).square().sum().backward()
+    for name, one, other in zip(names, found, wanted):
+        assert (one.grad is not None) == (name in learning)
+        if one.grad is not None:
+            assert torch.allclose(one.grad, other.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_without_gradients_the_numbers_are_the_same(r: int) -> None:
+    leaves = [t.requires_grad_() for t in tensors(r)]
+    with torch.no_grad():
+        quiet = lora_linear(*leaves, 0.7)
+    assert not quiet.requires_grad
+    assert torch.allclose(quiet, lora_linear(*leaves, 0.7), atol=1e-12)
+
+
+def test_input_is_left_as_it_was_and_may_be_strided() -> None:
+    x, weight, bias, a, b = tensors(4, (6, 4, 6))
+    strided = x.transpose(0, 1)
+    before = strided.clone()
+    y = lora_linear(strided, weight, bias, a.requires_grad_(), b.requires_grad_(), 0.7)
+    assert torch.allclose(y, plain(before, weight, bias, a, b, 0.7), atol=1e-12)
+    assert torch.equal(strided, before)
+
+
+def test_float32_factors_on_a_bfloat16_layer_get_float32_gradients() -> None:
+    x, weight, bias = (t.bfloat16() for t in tensors(8, (64, 32), 48)[:3])
+    a, b = (t.float().requires_grad_() for t in tensors(8, (64, 32), 48)[3:])
+    y = lora_linear(x, weight, bias, a, b, 0.25)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (a, b)]
+    plain(x.double(), weight.double(), bias.double(), *exact, 0.25).sum().backward()
+    for factor, wanted in zip((a, b), exact):
+        assert factor.grad is not None
+        assert factor.grad.dtype == torch.float32
+        assert wanted.grad is not None
+        # bfloat16 products of 64 rows: each rounded at 2^-8, errors add up like a random walk
+        assert float((factor.grad.double() - wanted.grad).abs().max()) < 0.03 * float(wanted.grad.abs().max())
+
+
+# ---------------------------------------------------------------- memory
+
+
+class QueryKeyValue(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Memory that autograd keeps for the backward pass, parameters apart, each piece once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    pieces: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            pieces[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(x)
+    assert all(output.requires_grad for output in outputs)
+    return sum(pieces.values())
+
+
+@pytest.mark.parametrize("r", [8, 16])
+def test_three_layers_on_one_input_keep_it_once_and_three_thin_products(r: int) -> None:
+    width, n = 128, 256
+    model = QueryKeyValue(width).bfloat16()
+    lk.attach(model, lk.plan(model, rank=r))
+    x = torch.randn(2, n // 2, width).bfloat16().requires_grad_()
+    padded = 16  # a CPU multiplies by 16 columns no slower than by 8
+    assert saved_bytes(model, x) == 2 * n * width + 3 * 2 * n * padded
+
+
+def test_the_fused_drive_keeps_less_than_the_hook_does() -> None:
+    x = torch.randn(2, 128, 128).bfloat16().requires_grad_()
+    kept = {}
+    for drive in ("fused", "hook"):
+        model = QueryKeyValue(128).bfloat16()
+        lk.attach(model, lk.plan(model, rank=16), drive=drive)
+        kept[drive] = saved_bytes(model, x)
+    assert kept["fused"] < kept["hook"]
