@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import Bench, timed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
+from common import Bench, timed
 
 warnings.filterwarnings("ignore")
 

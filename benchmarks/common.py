@@ -59,9 +59,7 @@ class Bench:
         """For people; on stderr when JSON is asked for."""
         print(line, file=sys.stderr if self.json else sys.stdout, flush=True)
 
-    def race(
-        self, name: str, theirs: Callable[[], Any], ours: Callable[[], Any], *, n: int, inner: int = 1
-    ) -> None:
+    def race(self, name: str, theirs: Callable[[], Any], ours: Callable[[], Any], *, n: int, inner: int = 1) -> None:
         """Runs both sides turn by turn, on one thread by processor time and on two by wall time."""
         for label, threads, clock in (("1 thread cpu", 1, time.process_time), ("2 threads wall", 2, time.perf_counter)):
             torch.set_num_threads(threads)

@@ -8,11 +8,11 @@ import time
 import warnings
 
 import torch
-from common import Bench, timed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorakit as lk
+from common import Bench, timed
 
 warnings.filterwarnings("ignore")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,7 +73,10 @@ def main() -> None:
         _, peer, ours = zip(*(sides(width, rank, dtype) for _ in range(3)))
         theirs_bytes, our_bytes = kept_bytes(list(peer), x), kept_bytes(list(ours), x)
         bench.ratio(f"bytes kept for backward, q k v, {name} vs peft", [theirs_bytes / our_bytes])
-        bench.fact(f"bytes kept for backward, q k v, {name}, MiB", [round(theirs_bytes / 2**20, 1), round(our_bytes / 2**20, 1)])
+        bench.fact(
+            f"bytes kept for backward, q k v, {name}, MiB",
+            [round(theirs_bytes / 2**20, 1), round(our_bytes / 2**20, 1)],
+        )
     bench.done()
 
 
@@ -84,7 +87,10 @@ def cell(bench: Bench, name: str, dtype: torch.dtype, width: int, n_tokens: int,
     dy = torch.randn(n_tokens, width, dtype=dtype)
     inner = max(1, int(2e10 / (n_tokens * width * width * 4)))
     label = f"linear {name} d={width} T={n_tokens} r={rank}"
-    for clock_name, threads, clock in (("1 thread cpu", 1, time.process_time), ("2 threads wall", 2, time.perf_counter)):
+    for clock_name, threads, clock in (
+        ("1 thread cpu", 1, time.process_time),
+        ("2 threads wall", 2, time.perf_counter),
+    ):
         torch.set_num_threads(threads)
         runs = [lambda m=m: step(m, x, dy) for m in (frozen, peer, ours)]
         for run in runs:
@@ -99,7 +105,10 @@ def cell(bench: Bench, name: str, dtype: torch.dtype, width: int, n_tokens: int,
         if threads == 1:
             over_frozen.sort()
             theory = 1 + 3 * rank * 2 * width / (2 * width * width)
-            bench.fact(f"{label}: our step over frozen, and its theory", [round(over_frozen[len(over_frozen) // 2], 3), round(theory, 3)])
+            bench.fact(
+                f"{label}: our step over frozen, and its theory",
+                [round(over_frozen[len(over_frozen) // 2], 3), round(theory, 3)],
+            )
 
 
 if __name__ == "__main__":

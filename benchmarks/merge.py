@@ -1,4 +1,4 @@
-"""Merging into one 4096 x 4096 matrix, rank 16, float32 and bfloat16, against peft's merge_and_unload; peak memory too."""
+"""Merging into one 4096 x 4096 matrix, rank 16, in float32 and bfloat16, against merge_and_unload; peak memory too."""
 
 import resource
 import subprocess
@@ -6,11 +6,11 @@ import sys
 import warnings
 
 import torch
-from common import Bench
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorakit as lk
+from common import Bench
 
 warnings.filterwarnings("ignore")
 SIDE, RANK = 4096, 16
@@ -85,7 +85,9 @@ def main() -> None:
             bench.ratio(f"merge 4096 {name} vs merge_and_unload ({label})", values)
             bench.fact(f"merge 4096 {name}, ms ({label})", round(1e3 * statistics.median(spent), 2))
         for side in ("ours", "theirs"):
-            bench.fact(f"peak of merging {name} beyond the start, in dense copies ({side})", round(extra_memory(side, name), 3))
+            bench.fact(
+                f"peak of merging {name} beyond the start, in dense copies ({side})", round(extra_memory(side, name), 3)
+            )
     bench.done()
 
 

@@ -1,4 +1,4 @@
-"""What starting costs: `import lorakit` beyond torch, and `lorakit --help`, in fresh processes, against peft's import."""
+"""What starting costs in fresh processes: `import lorakit` beyond torch, against peft's, and `lorakit --help`."""
 
 import os
 import statistics
@@ -29,7 +29,9 @@ def main() -> None:
             spent[name].append(seconds(code))
     beyond = {name: [max(x - t, 1e-4) for x, t in zip(spent[name], spent["torch"])] for name in ("lorakit", "peft")}
     bench.ratio("import beyond torch vs import peft (cpu)", [p / o for p, o in zip(beyond["peft"], beyond["lorakit"])])
-    bench.fact("import of lorakit and its main verbs beyond torch, s (cpu)", round(statistics.median(beyond["lorakit"]), 3))
+    bench.fact(
+        "import of lorakit and its main verbs beyond torch, s (cpu)", round(statistics.median(beyond["lorakit"]), 3)
+    )
     walls = []
     for _ in range(n):
         began = time.perf_counter()

@@ -1,8 +1,8 @@
 """Truncating a 2048 x 2048 delta from rank 64 to 16: two QRs and a 64 x 64 core, against the dense SVD of `b @ a`."""
 
 import torch
-from common import Bench
 
+from common import Bench
 from lorakit.adapter import Adapter
 from lorakit.algebra.truncate import truncate
 from lorakit.linalg import product_svd
@@ -23,7 +23,9 @@ def main() -> None:
         u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
         return u[:, :KEPT] * s[:KEPT].sqrt(), s[:KEPT].sqrt().unsqueeze(-1) * vh[:KEPT]
 
-    bench.race("truncate 2048 r64 to r16 vs dense SVD", dense, lambda: truncate(adapter, rank=KEPT), n=bench.rounds(5, 3))
+    bench.race(
+        "truncate 2048 r64 to r16 vs dense SVD", dense, lambda: truncate(adapter, rank=KEPT), n=bench.rounds(5, 3)
+    )
     exact = torch.linalg.svdvals(b.double() @ a.double())[:RANK]
     error = float(((product_svd(b, a).s.double() - exact) / exact).abs().max())
     bench.fact("largest relative error of a singular value, against float64", error)

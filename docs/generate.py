@@ -1,6 +1,6 @@
 """Writes docs/cli.md (every --help) and docs/methods.md (tables of the registries). `--check` only compares.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 import os
@@ -18,7 +18,12 @@ FOLDER = Path(__file__).parent
 
 def cli_page() -> str:
     """Every verb with its help."""
-    lines = ["# Command line", "", "Written by docs/generate.py. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Written by docs/generate.py. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        "",
+    ]
     for verb in VERBS:
         lines += [f"## lorakit {verb}", "", "```", parser_of(verb).format_help().rstrip(), "```", ""]
     return "\n".join(lines)
@@ -36,10 +41,14 @@ def methods_page() -> str:
     for method in sorted(METHODS, key=lambda m: m.name):
         frozen = "base" + (", frozen start" if method.frozen else "")
         peft = method.peft_type or "none"
-        lines.append(row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, peft, method.source))
+        lines.append(
+            row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, peft, method.source)
+        )
     lines += ["", "## Starts", "", row("start", "`b @ a` is zero", "when", "source"), row(*["---"] * 4)]
     for start in sorted(STARTS, key=lambda s: s.name):
-        lines.append(row(start.name, "yes" if start.zero else "no: kept frozen and subtracted", start.use, start.source))
+        lines.append(
+            row(start.name, "yes" if start.zero else "no: kept frozen and subtracted", start.use, start.source)
+        )
     lines += ["", "## Kinds of layer", "", row("kind", "layers"), row(*["---"] * 2)]
     for kind in sorted(KINDS, key=lambda k: k.name):
         lines.append(row(kind.name, kind.layers))

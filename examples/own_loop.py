@@ -25,7 +25,7 @@ def bars(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 lk.attach(model, lk.plan(model, rank=4, layers=["all-conv", "7"], clip_rank=True))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-for step in range(150):
+for _ in range(150):
     images, labels = bars(64)
     loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()

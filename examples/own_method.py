@@ -1,7 +1,7 @@
 """A method of your own in one class, and the contract that every method passes.
 
-`rank1`: the smallest update there is, `delta = scale * u v^T`. Registered by a decorator; a package would name its module
-in the entry-point group `lorakit.methods` instead.
+`rank1`: the smallest update there is, `delta = scale * u v^T`. Registered by a decorator; a package would name its
+module in the entry-point group `lorakit.methods` instead.
 """
 
 import torch

@@ -84,7 +84,12 @@ def test_saving_does_not_depend_on_where_the_tensors_lie_in_memory(tmp_path: Pat
     adapter = made()
     layer = adapter.layers["0"]
     strided = AdaptedLayer(
-        "lora", "linear", layer.shape, {k: t.T.contiguous().T for k, t in layer.factors.items()}, layer.rank, layer.scale
+        "lora",
+        "linear",
+        layer.shape,
+        {k: t.T.contiguous().T for k, t in layer.factors.items()},
+        layer.rank,
+        layer.scale,
     )
     same = Adapter({**adapter.layers, "0": strided})
     assert same == adapter
@@ -199,7 +204,9 @@ def test_a_configuration_that_contradicts_the_notes_is_refused(tmp_path: Path) -
     config = json.loads((tmp_path / CONFIG).read_text())
     config["lora_alpha"] *= 2
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"2 faults:[\s\S]*'0' has scale 16 by adapter_config\.json and 8 by lorakit\.json"):
+    with pytest.raises(
+        AdapterError, match=r"2 faults:[\s\S]*'0' has scale 16 by adapter_config\.json and 8 by lorakit\.json"
+    ):
         lk.load(tmp_path)
 
 

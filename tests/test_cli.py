@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from tiny_text import table, tiny_bert
 
 import lorakit as lk
 from lorakit.cli import VERBS, main, parser_of
+from tiny_text import table, tiny_bert
 
 
 @pytest.fixture(scope="module")

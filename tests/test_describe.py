@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 import lorakit as lk
+import tiny
 from lorakit.describe import describe, locate, plan, resolve_trained
 from lorakit.errors import PlanError, UsageError
 from lorakit.plan import LayerPlan, Plan
@@ -314,7 +314,16 @@ def test_layers_come_in_the_order_of_the_model_whatever_the_order_of_the_rules()
 
 @pytest.mark.parametrize(
     ("blocks", "wanted"),
-    [("last 1", {1}), ("last 2", {0, 1}), ("0-0", {0}), ("1-", {1}), ("-0", {0}), ("0,1", {0, 1}), ([1], {1}), (None, None)],
+    [
+        ("last 1", {1}),
+        ("last 2", {0, 1}),
+        ("0-0", {0}),
+        ("1-", {1}),
+        ("-0", {0}),
+        ("0,1", {0, 1}),
+        ([1], {1}),
+        (None, None),
+    ],
     ids=str,
 )
 def test_blocks_keep_a_part_of_the_stack(blocks: object, wanted: set[int] | None) -> None:
@@ -422,7 +431,9 @@ def test_bias_must_be_one_of_three_and_must_exist() -> None:
 
 
 def test_trained_names_must_exist_and_be_able_to_learn() -> None:
-    with pytest.raises(PlanError, match=r"trained 'clasifier' is neither a module nor a parameter; did you mean 'classifier"):
+    with pytest.raises(
+        PlanError, match=r"trained 'clasifier' is neither a module nor a parameter; did you mean 'classifier"
+    ):
         plan(tiny.bert(), rank=2, trained=["clasifier"])
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_parameter("codes", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_text import table, tiny_bert
 
 import lorakit as lk
 from lorakit.data import load_rows, load_splits
@@ -18,6 +17,7 @@ from lorakit.errors import DataError, FitError, LorakitError, NoEffectError, Pla
 from lorakit.fit.loop import learning_rate
 from lorakit.fit.settings import Settings, make_settings
 from lorakit.tasks.base import load_base
+from tiny_text import table, tiny_bert
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Laws on values and models, in float64 where numbers are compared."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given

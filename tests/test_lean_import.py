@@ -8,7 +8,18 @@ import pytest
 
 import lorakit
 
-HEAVY = ("transformers", "peft", "datasets", "matplotlib", "pyarrow", "onnx", "tensorflow", "accelerate", "scipy", "pandas")
+HEAVY = (
+    "transformers",
+    "peft",
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "onnx",
+    "tensorflow",
+    "accelerate",
+    "scipy",
+    "pandas",
+)
 
 
 def loaded_after(code: str) -> set[str]:

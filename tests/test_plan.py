@@ -40,7 +40,9 @@ def test_the_file_is_utf_8_that_any_toml_reader_understands(plan: Plan) -> None:
 
 
 def test_a_plan_file_is_saved_and_loaded(tmp_path: Path) -> None:
-    plan = Plan({"h.0.attn": LayerPlan(rank=4), "h.1.attn": LayerPlan("dora", 8, 2.0, "pissa")}, ("head",), note="by hand")
+    plan = Plan(
+        {"h.0.attn": LayerPlan(rank=4), "h.1.attn": LayerPlan("dora", 8, 2.0, "pissa")}, ("head",), note="by hand"
+    )
     plan.save(tmp_path / "new" / "plan.toml")
     assert Plan.load(tmp_path / "new" / "plan.toml") == plan
     assert "# by hand" in (tmp_path / "new" / "plan.toml").read_text()
@@ -77,7 +79,9 @@ def test_numbers_in_rules_are_written_in_any_usual_way(rule: str) -> None:
     assert resolve_scale(rule, 4) == 25.0
 
 
-@pytest.mark.parametrize("rule", ["", "r", "16", "16/q", "1.2.3/r", "./r", "16/r/2", "-16/r", "alpha/r", True, None, [1]])
+@pytest.mark.parametrize(
+    "rule", ["", "r", "16", "16/q", "1.2.3/r", "./r", "16/r/2", "-16/r", "alpha/r", True, None, [1]]
+)
 def test_what_is_no_scale_is_refused_with_an_example(rule: object) -> None:
     with pytest.raises(PlanError, match=r'use 2\.0, "16/r" or "16/sqrt\(r\)"'):
         resolve_scale(rule, 4)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from lorakit.kinds import kind_named
 from lorakit.testing import Conv1D
 from lorakit.update import AdaptedLayer, LayerSpec, Update, same_tensor
 
-O, I, R = 5, 4, 2
+OUT, IN, R = 5, 4, 2
 PARTS = ("pair", "dense", "gain", "gain_in", "bias", "gain_covers_bias")
 
 
@@ -41,8 +41,8 @@ def every_combination() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("parts", every_combination(), ids="+".join)
 def test_changed_weight_is_the_formula_number_by_number(parts: tuple[str, ...], batch: tuple[int, ...]) -> None:
-    update = update_of(parts, O, I, batch)
-    weight = torch.randn(*batch, O, I, dtype=torch.float64)
+    update = update_of(parts, OUT, IN, batch)
+    weight = torch.randn(*batch, OUT, IN, dtype=torch.float64)
     wanted = weight.clone()
     for place in itertools.product(*map(range, weight.shape)):
         *head, o, i = place
@@ -63,13 +63,13 @@ def test_changed_weight_is_the_formula_number_by_number(parts: tuple[str, ...], 
 def layers() -> dict[str, tuple[nn.Module, str, tuple[int, int], Tensor]]:
     """Layer, kind, canonical sides, input; linear in the input, so that a gain on the inputs is one on the columns."""
     return {
-        "linear": (nn.Linear(I, O), "linear", (O, I), torch.randn(3, I)),
-        "linear without bias": (nn.Linear(I, O, bias=False), "linear", (O, I), torch.randn(2, 3, I)),
-        "hf_conv1d": (Conv1D(O, I), "hf_conv1d", (O, I), torch.randn(3, I)),
-        "conv2d": (nn.Conv2d(3, O, 2), "conv2d", (O, 12), torch.randn(2, 3, 4, 4)),
+        "linear": (nn.Linear(IN, OUT), "linear", (OUT, IN), torch.randn(3, IN)),
+        "linear without bias": (nn.Linear(IN, OUT, bias=False), "linear", (OUT, IN), torch.randn(2, 3, IN)),
+        "hf_conv1d": (Conv1D(OUT, IN), "hf_conv1d", (OUT, IN), torch.randn(3, IN)),
+        "conv2d": (nn.Conv2d(3, OUT, 2), "conv2d", (OUT, 12), torch.randn(2, 3, 4, 4)),
         "grouped conv1d": (nn.Conv1d(4, 6, 3, groups=2), "conv1d", (6, 6), torch.randn(2, 4, 5)),
-        "conv3d": (nn.Conv3d(2, O, 2), "conv3d", (O, 16), torch.randn(1, 2, 3, 3, 3)),
-        "embedding": (nn.Embedding(7, O), "embedding", (O, 7), torch.randint(7, (2, 3))),
+        "conv3d": (nn.Conv3d(2, OUT, 2), "conv3d", (OUT, 16), torch.randn(1, 2, 3, 3, 3)),
+        "embedding": (nn.Embedding(7, OUT), "embedding", (OUT, 7), torch.randint(7, (2, 3))),
     }
 
 
@@ -106,34 +106,36 @@ def test_stored_is_the_inverse_of_canonical_and_shapes_are_those_of_the_weight(n
 
 
 def test_an_embedding_has_no_input_channels_to_scale() -> None:
-    layer = nn.Embedding(7, O)
+    layer = nn.Embedding(7, OUT)
     with pytest.raises(NotImplementedError, match="no input channels"):
-        kind_named("embedding").apply(layer, torch.tensor([1]), torch.zeros(1, O), Update(gain_in=torch.ones(7)))
+        kind_named("embedding").apply(layer, torch.tensor([1]), torch.zeros(1, OUT), Update(gain_in=torch.ones(7)))
 
 
 def test_delta_of_a_pair_needs_no_weight_and_is_said_to_be_one() -> None:
-    update = update_of(("pair",), O, I)
+    update = update_of(("pair",), OUT, IN)
     assert update.is_pair
     assert update.rank == R
-    assert torch.equal(update.delta(torch.full((O, I), torch.nan, dtype=torch.float64)).isnan(), torch.zeros(O, I) > 1)
-    assert update_of(("pair", "bias"), O, I).is_pair
+    assert torch.equal(
+        update.delta(torch.full((OUT, IN), torch.nan, dtype=torch.float64)).isnan(), torch.zeros(OUT, IN) > 1
+    )
+    assert update_of(("pair", "bias"), OUT, IN).is_pair
     for other in ("dense", "gain", "gain_in"):
-        assert not update_of(("pair", other), O, I).is_pair
+        assert not update_of(("pair", other), OUT, IN).is_pair
     assert not Update().is_pair
     assert Update().rank == 0
 
 
 def test_an_empty_update_changes_nothing() -> None:
-    weight, bias = torch.randn(O, I), torch.randn(O)
+    weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
     assert torch.equal(Update().weight(weight), weight)
     assert Update().changed_bias(bias) is bias
     assert Update().changed_bias(None) is None
 
 
 def test_changed_weight_keeps_the_dtype_of_the_weight() -> None:
-    everything = update_of(PARTS, O, I)
+    everything = update_of(PARTS, OUT, IN)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        weight, bias = torch.randn(O, I).to(dtype), torch.randn(O).to(dtype)
+        weight, bias = torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
         changed = everything.changed_bias(bias)
         assert everything.weight(weight).dtype == dtype
         assert changed is not None
@@ -141,19 +143,19 @@ def test_changed_weight_keeps_the_dtype_of_the_weight() -> None:
 
 
 def test_detached_cuts_every_part_off_and_keeps_the_numbers() -> None:
-    live = update_of(PARTS, O, I)
+    live = update_of(PARTS, OUT, IN)
     for name in ("a", "b", "dense", "gain", "gain_in", "bias"):
         getattr(live, name).requires_grad_()
     cut = live.detached()
-    weight = torch.randn(O, I, dtype=torch.float64)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
     assert not cut.weight(weight).requires_grad
     assert torch.equal(cut.weight(weight), live.weight(weight))
     assert (cut.scale, cut.gain_covers_bias) == (live.scale, live.gain_covers_bias)
 
 
 def test_gradients_of_the_changed_weight_are_the_finite_differences() -> None:
-    update = update_of(PARTS, O, I)
-    weight = torch.randn(O, I, dtype=torch.float64)
+    update = update_of(PARTS, OUT, IN)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
     leaves = tuple(getattr(update, name).requires_grad_() for name in ("a", "b", "dense", "gain", "gain_in"))
 
     def changed(*parts: Tensor) -> Tensor:
@@ -209,6 +211,6 @@ def test_same_tensor_compares_bits() -> None:
 
 
 def test_linear_pair_is_two_thin_products() -> None:
-    a, b, x = torch.randn(R, I), torch.randn(O, R), torch.randn(3, I)
-    found = kind_named("linear").pair(nn.Linear(I, O), x, a, b)
+    a, b, x = torch.randn(R, IN), torch.randn(OUT, R), torch.randn(3, IN)
+    found = kind_named("linear").pair(nn.Linear(IN, OUT), x, a, b)
     assert torch.allclose(found, F.linear(x, b @ a), atol=1e-6)

@@ -13,21 +13,21 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lorakit._version import __version__
+from lorakit._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter as Adapter
     from lorakit.adapter import load as load
+    from lorakit.algebra.truncate import truncate as truncate
     from lorakit.attach import activate as activate
-    from lorakit.attach import attach as attach
-    from lorakit.attach import collect as collect
+    from lorakit.attach import attach as attach  # type: ignore[no-redef]
+    from lorakit.attach import collect as collect  # type: ignore[no-redef]
     from lorakit.attach import detach as detach
     from lorakit.attach import disabled as disabled
     from lorakit.attach import init as init
-    from lorakit.attach import merge as merge
-    from lorakit.attach import probe as probe
+    from lorakit.attach import merge as merge  # type: ignore[no-redef]
+    from lorakit.attach import probe as probe  # type: ignore[no-redef]
     from lorakit.attach import unmerge as unmerge
-    from lorakit.algebra.truncate import truncate as truncate
     from lorakit.describe import describe as describe
     from lorakit.describe import plan as plan
     from lorakit.errors import LorakitError as LorakitError

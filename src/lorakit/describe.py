@@ -20,7 +20,10 @@ from lorakit.plan import LayerPlan, Plan
 from lorakit.update import LayerSpec
 
 _ROLES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)(lm_head|classifier|pre_classifier|vocab_projector|predictions\.decoder|score|qa_outputs|head|proj_out|logits_proj|output_projection)(\.\w+)?$", "head"),
+    (
+        r"(^|\.)(lm_head|classifier|pre_classifier|vocab_projector|predictions\.decoder|score|qa_outputs|head|proj_out|logits_proj|output_projection)(\.\w+)?$",
+        "head",
+    ),
     (r"(^|\.)pooler\.", "pooler"),
     (r"(^|\.)(c_attn|query_key_value|qkv|qkv_proj|wqkv|in_proj_weight|in_proj)$", "qkv"),
     (r"(^|\.)(query|q_proj|q_lin|wq|to_q|q|q_proj_weight)$", "q"),
@@ -306,7 +309,7 @@ def _blocks(blocks: str | Iterable[int] | None, specs: Sequence[LayerSpec]) -> s
     elif re.fullmatch(r"[\d,\s]+", blocks):
         chosen = {int(part) for part in blocks.split(",") if part.strip()}
     else:
-        raise PlanError(f"blocks {blocks!r} is not understood; use \"0-3\", \"4-\", \"last 2\" or \"1,5\"")
+        raise PlanError(f'blocks {blocks!r} is not understood; use "0-3", "4-", "last 2" or "1,5"')
     if not chosen & present:
         raise PlanError(f"blocks {blocks!r}: the model has blocks 0 to {top}")
     return chosen
@@ -351,7 +354,9 @@ def resolve_trained(model: nn.Module, trained: Iterable[str]) -> dict[str, nn.Pa
         }
         if not found:
             modules = {path for path, _ in walk(model)}
-            faults.append(f"trained '{wanted}' is neither a module nor a parameter{nearest(wanted, modules | set(everything))}")
+            faults.append(
+                f"trained '{wanted}' is neither a module nor a parameter{nearest(wanted, modules | set(everything))}"
+            )
         integers = [name for name, parameter in found.items() if not parameter.is_floating_point()]
         if integers:
             faults.append(f"trained '{wanted}': '{integers[0]}' is not a floating-point parameter and cannot learn")

@@ -29,7 +29,7 @@ def _umask() -> int:
     return mask
 
 
-def _write(path: Path, put: Callable[[Path], None]) -> None:
+def _write(path: Path, put: Callable[[Path], object]) -> None:
     handle = -1
     temporary: str | None = None
     try:
@@ -52,7 +52,7 @@ def _write(path: Path, put: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes bytes atomically."""
-    _write(path, lambda temporary: temporary.write_bytes(data) and None)
+    _write(path, lambda temporary: Path.write_bytes(temporary, data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,6 +154,9 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     if not path.is_file():
         raise AdapterError(f"'{path}' does not exist")
     try:
-        return load_file(path, device=str(device))
+        tensors: dict[str, Tensor] = load_file(path, device=str(device))
+        return tensors
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"'{path}' is not a readable safetensors file ({error}); it may be cut short or damaged") from None
+        raise AdapterError(
+            f"'{path}' is not a readable safetensors file ({error}); it may be cut short or damaged"
+        ) from None

@@ -57,7 +57,8 @@ def product_norm(b: Tensor, a: Tensor) -> Tensor:
     """Frobenius norm of `b @ a`. Exact to rounding also where the inner product would cancel: it is taken by QR."""
     _, r_b = torch.linalg.qr(_computable(b))
     _, r_a = torch.linalg.qr(_computable(a).mT)
-    return torch.linalg.matrix_norm(r_b @ r_a.mT)
+    norm: Tensor = torch.linalg.matrix_norm(r_b @ r_a.mT)
+    return norm
 
 
 def row_norms(weight: Tensor, b: Tensor, a: Tensor, scale: float, weight_squared: Tensor | None = None) -> Tensor:
@@ -104,7 +105,8 @@ def principal_cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of the principal angles between the column spaces of `x (n, p)` and `y (n, q)`, falling, min(p, q)."""
     q_x, _ = torch.linalg.qr(_computable(x))
     q_y, _ = torch.linalg.qr(_computable(y))
-    return torch.linalg.svdvals(q_x.mT @ q_y).clamp(max=1.0)
+    cosines: Tensor = torch.linalg.svdvals(q_x.mT @ q_y)
+    return cosines.clamp(max=1.0)
 
 
 def overlap(x: Tensor, y: Tensor) -> float:

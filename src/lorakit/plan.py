@@ -1,17 +1,17 @@
 """The plan: which layer gets which method, rank, scale and start. Pure data, one TOML file that a person can edit.
 
-    version = 1
-    trained = ["classifier"]            # modules or parameters trained fully, beside the low-rank layers
+version = 1
+trained = ["classifier"]            # modules or parameters trained fully, beside the low-rank layers
 
-    [default]
-    method = "lora"
-    rank = 8
-    scale = "16/r"                      # or "16/sqrt(r)", or one number
-    start = "kaiming"
+[default]
+method = "lora"
+rank = 8
+scale = "16/r"                      # or "16/sqrt(r)", or one number
+start = "kaiming"
 
-    [layers]
-    "encoder.layer.0.attention.self.query" = {}
-    "encoder.layer.0.attention.self.value" = { rank = 4 }
+[layers]
+"encoder.layer.0.attention.self.query" = {}
+"encoder.layer.0.attention.self.value" = { rank = 4 }
 """
 
 import json
@@ -46,7 +46,7 @@ def resolve_scale(rule: float | str, rank: int) -> float:
     else:
         match = _RULE.match(rule) if isinstance(rule, str) else None
         if match is None:
-            raise PlanError(f"scale {rule!r} is neither a number nor a rule; use 2.0, \"16/r\" or \"16/sqrt(r)\"")
+            raise PlanError(f'scale {rule!r} is neither a number nor a rule; use 2.0, "16/r" or "16/sqrt(r)"')
         if rank == 0:
             return 1.0
         value = float(match[1]) / (rank if match[2] == "r" else math.sqrt(rank))
@@ -83,7 +83,9 @@ class Plan:
         methods = sorted({layer.method for layer in self.layers.values()})
         ranks_text = ", ".join(f"{rank} x {n}" for rank, n in sorted(ranks.items()))
         extra = f", trained {list(self.trained)}" if self.trained else ""
-        return f"Plan({len(self.layers)} layers, {'+'.join(methods) or 'no method'}, rank {ranks_text or 'none'}{extra})"
+        return (
+            f"Plan({len(self.layers)} layers, {'+'.join(methods) or 'no method'}, rank {ranks_text or 'none'}{extra})"
+        )
 
     def with_layer(self, path: str, **changes: Any) -> "Plan":
         """The plan with one layer changed, e.g. `plan.with_layer("h.0.attn.c_attn", rank=4)`."""
@@ -158,7 +160,7 @@ def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> Lay
             faults.append(f"{place} has an unknown key '{key}'{nearest(key, _TYPES)}")
         elif isinstance(value, bool) or not isinstance(value, _TYPES[key]):
             faults.append(f"{place}: {key} is {value!r}; it must be {' or '.join(t.__name__ for t in _TYPES[key])}")
-        elif key == "rank" and value < 0:
+        elif key == "rank" and isinstance(value, int) and value < 0:
             faults.append(f"{place}: rank is {value}; it must be 0 or more")
         else:
             good[key] = value

@@ -114,8 +114,8 @@ class LayerSpec:
 class AdaptedLayer:
     """One layer's part of an adapter: named factors, canonical shapes, and what they mean.
 
-    `kind`, `shape`, `groups` and `peculiar` are those of the weight the factors were made for (see LayerSpec); `rank` is
-    the declared one.
+    `kind`, `shape`, `groups` and `peculiar` are those of the weight the factors were made for (see LayerSpec);
+    `rank` is the declared one.
     """
 
     method: str

@@ -107,7 +107,9 @@ def test_fresh_factors_depend_on_seed_and_path_alone() -> None:
     torch.manual_seed(456)
     among_others = lk.init(model, a_plan(model), seed=1)
     assert one.layers["up"].same_as(among_others.layers["up"])
-    assert not torch.equal(among_others.layers["up"].factors["a"][:, :8], among_others.layers["attn.out_proj"].factors["a"])
+    assert not torch.equal(
+        among_others.layers["up"].factors["a"][:, :8], among_others.layers["attn.out_proj"].factors["a"]
+    )
     before = torch.random.get_rng_state()
     lk.init(model, a_plan(model))
     assert torch.equal(torch.random.get_rng_state(), before), "a fresh adapter must not draw from the global generator"
@@ -305,7 +307,21 @@ def test_a_child_that_the_layer_has_already_is_not_replaced() -> None:
 # ---------------------------------------------------------------- names
 
 
-BAD_NAMES = ["", "a.b", "forward", "training", "switch", "active", "path", "kind", "drive", "owner", "parameters", None, 3]
+BAD_NAMES = [
+    "",
+    "a.b",
+    "forward",
+    "training",
+    "switch",
+    "active",
+    "path",
+    "kind",
+    "drive",
+    "owner",
+    "parameters",
+    None,
+    3,
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -336,7 +352,10 @@ def test_a_name_is_given_once() -> None:
 def test_an_unknown_name_is_met_with_the_nearest(verb: object) -> None:
     model = net()
     lk.attach(model, a_plan(model), name="default")
-    with unchanged(model), pytest.raises(AttachError, match=r"no adapter named 'defualt' is attached; did you mean 'default'"):
+    with (
+        unchanged(model),
+        pytest.raises(AttachError, match=r"no adapter named 'defualt' is attached; did you mean 'default'"),
+    ):
         verb(model, "defualt")  # type: ignore[operator]
 
 
@@ -436,7 +455,9 @@ def test_two_heads_cannot_act_together() -> None:
     lk.attach(model, adapted(0, trained=["head"]), name="en")
     lk.attach(model, adapted(1, trained=["head"]), name="law")
     assert active(model) == ("law",), "the newer head takes the place of the older one"
-    with pytest.raises(AttachError, match=r"'en' and 'law' both train 'head\.weight' fully; only one of them can be active"):
+    with pytest.raises(
+        AttachError, match=r"'en' and 'law' both train 'head\.weight' fully; only one of them can be active"
+    ):
         lk.activate(model, ["en", "law"])
     assert active(model) == ("law",)
     lk.attach(model, adapted(2), name="plain")
@@ -624,9 +645,13 @@ def test_an_adapter_made_for_other_weights_is_refused() -> None:
     other = net()
     with torch.no_grad():
         other.down.weight += 0.1
-    with unchanged(other):
-        with pytest.raises(BaseMismatchError, match=r"made for other weights than this Net has .*'my/net'.* check_base=False"):
-            lk.attach(other, adapted().with_meta(base_name="my/net"))
+    with (
+        unchanged(other),
+        pytest.raises(
+            BaseMismatchError, match=r"made for other weights than this Net has .*'my/net'.* check_base=False"
+        ),
+    ):
+        lk.attach(other, adapted().with_meta(base_name="my/net"))
     lk.attach(other, adapted(), check_base=False)
 
 
@@ -799,7 +824,9 @@ def test_probe_names_every_layer_whose_update_never_ran() -> None:
     assert lk.probe(model, x) == ("read", "idle")
     assert lk.probe(model, [x]) == ("read", "idle")
     assert lk.probe(model, {"x": x}) == ("read", "idle")
-    with pytest.raises(NoEffectError, match=r"2 of 3 layers never ran in the probe batch: 'read', 'idle'; .*drive='weight'"):
+    with pytest.raises(
+        NoEffectError, match=r"2 of 3 layers never ran in the probe batch: 'read', 'idle'; .*drive='weight'"
+    ):
         refuse_unseen(lk.probe(model, x), 3)
     refuse_unseen((), 3)
 
@@ -915,7 +942,13 @@ def test_a_part_of_an_attached_model_is_told_from_the_model() -> None:
     """Layer paths begin where the adapter was attached: a part has others, and answers would be wrong."""
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3))
     lk.attach(model, lk.plan(model, rank=1))
-    for verb in (lk.collect, lk.detach, lk.merge, active, lambda part: lk.attach(part, lk.plan(part, rank=1), name="x")):
+    for verb in (
+        lk.collect,
+        lk.detach,
+        lk.merge,
+        active,
+        lambda part: lk.attach(part, lk.plan(part, rank=1), name="x"),
+    ):
         with unchanged(model), pytest.raises(AttachError, match="adapters were attached to another module"):
             verb(model[0])
     lk.detach(model)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
+import tiny
 from lorakit.method import METHODS
 from lorakit.testing import Attention, perturb
 

@@ -47,7 +47,9 @@ def test_gradients_are_the_finite_differences(r: int) -> None:
     assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, -1.3), leaves)
 
 
-@pytest.mark.parametrize("learning", [{"a", "b"}, {"x", "a", "b"}, {"a"}, {"b"}, {"x"}, {"weight"}, {"bias"}], ids=sorted)
+@pytest.mark.parametrize(
+    "learning", [{"a", "b"}, {"x", "a", "b"}, {"a"}, {"b"}, {"x"}, {"weight"}, {"bias"}], ids=sorted
+)
 def test_only_what_learns_gets_a_gradient(learning: set[str]) -> None:
     names = ("x", "weight", "bias", "a", "b")
     found, wanted = ([t.clone() for t in tensors(3)] for _ in range(2))

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
+import tiny
 from lorakit.errors import AttachError
 from lorakit.method import METHODS
 from lorakit.testing import perturb, snapshot

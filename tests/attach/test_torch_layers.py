@@ -174,7 +174,9 @@ def test_a_detached_or_merged_encoder_takes_the_fast_path_again(monkeypatch: pyt
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("trained", ["layers.1.norm1", "layers.0.linear1.bias", "layers.0.self_attn.out_proj", "layers"])
+@pytest.mark.parametrize(
+    "trained", ["layers.1.norm1", "layers.0.linear1.bias", "layers.0.self_attn.out_proj", "layers"]
+)
 def test_parameters_of_an_encoder_trained_whole_act_in_evaluation_too(trained: str) -> None:
     model = encoder().eval()
     lk.attach(model, lk.plan(model, rank=2, trained=[trained]))
@@ -182,7 +184,9 @@ def test_parameters_of_an_encoder_trained_whole_act_in_evaluation_too(trained: s
     with torch.no_grad():
         y = model(X, src_key_padding_mask=PADDING)
         lk.merge(model)
-        assert torch.allclose(model(X, src_key_padding_mask=PADDING)[~PADDING], y[~PADDING], atol=1e-6)  # float32 factors
+        assert torch.allclose(
+            model(X, src_key_padding_mask=PADDING)[~PADDING], y[~PADDING], atol=1e-6
+        )  # float32 factors
 
 
 def test_gradients_through_an_encoder_follow_the_chain_rule() -> None:

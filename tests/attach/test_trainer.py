@@ -4,17 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 import lorakit as lk
+import tiny
 
 pytestmark = pytest.mark.slow  # a Trainer takes seconds to set itself up
 
 
-def rows(name: str, n: int = 16) -> list[dict[str, torch.Tensor]]:
+def rows(name: str, n: int = 4) -> list[dict[str, torch.Tensor]]:
     batch = tiny.batch(name, torch.Generator().manual_seed(1), n=n)
     return [{key: tensor[row] for key, tensor in batch.items()} for row in range(n)]
 
@@ -44,11 +44,13 @@ def trainer(model: nn.Module, name: str, out: Path, **settings: object) -> Train
     return Trainer(model=model, args=arguments, train_dataset=rows(name))
 
 
+# No mixture of experts here: Trainer saves those under the names of the hub and reads them back under its own, so that
+# a plain Mixtral does not resume either (huggingface/transformers#48805).
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt2": ("gpt2", {}),
     "bert with a trained head": ("bert", {"trained": ["classifier"], "bias": "adapted"}),
     "bert by dora": ("bert", {"method": "dora"}),
-    "mixtral experts": ("mixtral", {}),
+    "llama trained whole beside": ("llama", {"trained": ["*"]}),
 }
 
 
@@ -95,3 +97,11 @@ def test_a_checkpoint_of_trainer_is_read_by_from_pretrained_as_the_base(tmp_path
     lk.detach(model)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in again.state_dict().items())
     lk.attach(again, adapter)
+
+
+def test_experts_learn(tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    run = trainer(model, "mixtral", tmp_path)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]

@@ -30,7 +30,18 @@ from lorakit.plan import Plan
 from lorakit.update import AdaptedLayer, LayerSpec
 
 DRIVES = ("hook", "fused", "weight")
-_RESERVED = {"training", "path", "parameter", "kind", "drive", "switch", "owner", *dir(nn.Module), *dir(Slot), *dir(Trained)}
+_RESERVED = {
+    "training",
+    "path",
+    "parameter",
+    "kind",
+    "drive",
+    "switch",
+    "owner",
+    *dir(nn.Module),
+    *dir(Slot),
+    *dir(Trained),
+}
 
 
 class _Place(NamedTuple):

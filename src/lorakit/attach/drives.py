@@ -66,7 +66,9 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if len(updates) == 1 and updates[0].gain_in is not None:  # one product instead of two
         update = updates[0]
         x = x * update.gain_in.to(x.dtype)  # type: ignore[union-attr]
-        rest = Update(update.a, update.b, update.scale, update.dense, update.gain, None, update.bias, update.gain_covers_bias)
+        rest = Update(
+            update.a, update.b, update.scale, update.dense, update.gain, None, update.bias, update.gain_covers_bias
+        )
         return slot.kind.apply(module, x, type(module).forward(module, x), rest)
     y = type(module).forward(module, x)
     return combined(slot.kind, module, x, y, updates)

@@ -116,9 +116,7 @@ class Slot(nn.Module):
     owner: nn.Module
     added_by_lorakit = True
 
-    def __init__(
-        self, path: str, parameter: str, kind: Kind, drive: str, switch: Switch, owner: nn.Module
-    ) -> None:
+    def __init__(self, path: str, parameter: str, kind: Kind, drive: str, switch: Switch, owner: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner)
 

@@ -22,7 +22,9 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale", default="16/r", help='"16/r" (default), "16/sqrt(r)" or a number')
     group.add_argument("--start", default="kaiming", help="kaiming (default), gaussian, orthogonal or pissa")
     group.add_argument("--bias", default="none", help="biases to train fully: none (default), adapted or all")
-    group.add_argument("--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base')
+    group.add_argument(
+        "--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base'
+    )
     group.add_argument("--clip-rank", action="store_true", help="lower the rank where a layer's side demands it")
 
 
@@ -60,7 +62,14 @@ def plan_from(args: argparse.Namespace, model: Any) -> Any:
 
 def plan_flags_given(args: argparse.Namespace) -> list[str]:
     """Plan flags that differ from their defaults."""
-    defaults = {"rank": 8, "layers": None, "blocks": None, "method": "lora", "scale": "16/r", "start": "kaiming"}
+    defaults: dict[str, Any] = {
+        "rank": 8,
+        "layers": None,
+        "blocks": None,
+        "method": "lora",
+        "scale": "16/r",
+        "start": "kaiming",
+    }
     defaults |= {"bias": "none", "trained": [], "clip_rank": False}
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
 

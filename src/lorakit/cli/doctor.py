@@ -85,7 +85,8 @@ def _text(found: dict[str, Any]) -> str:
     verdict = "pays" if gain > 1.2 else "does not pay"
     lines = [
         f"lorakit {found['lorakit']}, torch {found['torch']}, Python {found['python']}",
-        f"processor   {found['processor']}, {found['usable_cores']} of {found['cores']} cores usable, {found['threads']} threads",
+        f"processor   {found['processor']}, {found['usable_cores']} of {found['cores']} cores usable, "
+        f"{found['threads']} threads",
         f"memory      {found['memory_gb']} GB",
         f"precision   fp32 {speeds['fp32']} GFLOP/s, bf16 {speeds['bf16']} GFLOP/s: bf16 {verdict} here ({gain}x)",
         f"GPU         {', '.join(found['gpus']) or 'none'}",

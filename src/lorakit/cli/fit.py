@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> Reply:
     if args.plan and plan_flags_given(args):
         raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
     base = load_base(args.base, pool=args.pool)
-    say(f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, {len(data.test)} to report on")
+    say(
+        f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
+        f"{len(data.test)} to report on"
+    )
     say(f"{len(data.labels)} labels; first row: {data.train.texts[0][:70]!r} -> {(data.train.labels or ('',))[0]}")
     plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model)
     result = fit(
@@ -116,13 +119,13 @@ class _Watch:
 
 def _report(summary: dict[str, Any], out: str) -> str:
     before, after = summary["before"], summary["test"]
-    share = summary["adapter_bytes"] / summary["base_bytes"]
+    own, whole = summary["adapter_bytes"], summary["base_bytes"]
     return "\n".join(
         [
             "",
             f"held-out accuracy  {before['accuracy']:.1%} -> {after['accuracy']:.1%}   "
             f"(macro F1 {after['macro_f1']:.3f}, {summary['rows']['test']} test rows)",
-            f"adapter            {size(summary['adapter_bytes'])}, {share:.1%} of the base's {size(summary['base_bytes'])}",
+            f"adapter            {size(own)}, {own / whole:.1%} of the base's {size(whole)}",
             f"training           {summary['steps']} steps in {summary['train_s']:.0f} s, "
             f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads; {summary['total_s']:.0f} s in all",
             f"run directory      {out}",

@@ -13,7 +13,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("run", help="run or adapter directory")
     parser.add_argument("data", nargs="?", help="file with texts; labels in it are not read")
-    parser.add_argument("--say", action="append", default=[], metavar="TEXT", help="a text to label; repeat it for more")
+    parser.add_argument(
+        "--say", action="append", default=[], metavar="TEXT", help="a text to label; repeat it for more"
+    )
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
     data_arguments(parser)
 
@@ -33,4 +35,10 @@ def run(args: argparse.Namespace) -> Reply:
     found = predict(opened, rows, base=base, truncate=args.truncate)
     width = max(len(one.label) for one in found)
     text = "\n".join(f"{one.label:<{width}}  {one.probability:6.1%}  {one.text}" for one in found)
-    return Reply(text, [{"text": p.text, "label": p.label, "probability": p.probability, "probabilities": p.probabilities} for p in found])
+    return Reply(
+        text,
+        [
+            {"text": p.text, "label": p.label, "probability": p.probability, "probabilities": p.probabilities}
+            for p in found
+        ],
+    )

@@ -14,7 +14,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("adapter", help="adapter or run directory")
     parser.add_argument("--rank", type=int, metavar="R", help="new rank of every layer")
-    parser.add_argument("--energy", type=float, metavar="SHARE", help="or: share of squared singular values to keep, 0 to 1")
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="or: share of squared singular values to keep, 0 to 1"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the smaller adapter goes")
 
 

@@ -54,7 +54,9 @@ class Splits:
 
     def checked(self) -> "Splits":
         """Itself, if it can be learned from: labels everywhere, more than one class, none unseen in training."""
-        faults = [f"'{part.source}' has no labels" for part in (self.train, self.valid, self.test) if part.labels is None]
+        faults = [
+            f"'{part.source}' has no labels" for part in (self.train, self.valid, self.test) if part.labels is None
+        ]
         known = set(self.labels)
         if not faults and len(known) < 2:
             only = next(iter(known), "nothing")
@@ -87,8 +89,8 @@ def split(rows: Rows, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> S
     if few:
         label, n = next(iter(few.items()))
         raise DataError(
-            f"'{rows.source}': label '{label}' has {n} row{'s' if n > 1 else ''}; at least {least} are needed to split off "
-            "rows to validate and test on; add rows, or give those parts as files of their own"
+            f"'{rows.source}': label '{label}' has {n} row{'s' if n > 1 else ''}; at least {least} are needed to split "
+            "off rows to validate and test on; add rows, or give those parts as files of their own"
         )
     draw = random.Random(seed)
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])

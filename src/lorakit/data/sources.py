@@ -119,7 +119,7 @@ def _parts(data: str | Path) -> dict[str, str | Path]:
                 found.setdefault(part, hit)
     if not found and not _is_dataset(path):
         raise DataError(
-            f"'{path}' holds no train{'/train'.join(['.csv', '.jsonl', '.parquet'])} and is no Hugging Face dataset directory"
+            f"'{path}' holds no train.csv, train.jsonl or train.parquet, and is no Hugging Face dataset directory"
         )
     if found and "train" not in found:
         raise DataError(f"'{path}' holds {', '.join(str(part) for part in found.values())} and no training part")
@@ -146,7 +146,9 @@ def _open(source: str | Path) -> tuple[list[str], Table]:
     try:
         return reader(path)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"'{path}' is not UTF-8 text ({error}); save it as UTF-8, or check that it is the right file") from None
+        raise DataError(
+            f"'{path}' is not UTF-8 text ({error}); save it as UTF-8, or check that it is the right file"
+        ) from None
     except OSError as error:
         raise DataError(f"cannot read '{path}': {error.strerror or error}") from None
 
@@ -247,7 +249,9 @@ def _read_arrow(path: Path) -> tuple[list[str], Table]:
     columns, rows = _rows_of(table)
     if not names:
         return columns, rows
-    return columns, ((n, {k: names[k][v] if k in names and isinstance(v, int) else v for k, v in row.items()}) for n, row in rows)
+    return columns, (
+        (n, {k: names[k][v] if k in names and isinstance(v, int) else v for k, v in row.items()}) for n, row in rows
+    )
 
 
 def _label_names(path: Path) -> dict[str, list[str]]:

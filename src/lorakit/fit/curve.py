@@ -23,7 +23,9 @@ def draw_curve(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="#c0392b", label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
     right = axes.twinx()
-    right.plot([r["step"] for r in valid], [r["accuracy"] for r in valid], "s--", color="#2c7a4b", label="validation accuracy")
+    right.plot(
+        [r["step"] for r in valid], [r["accuracy"] for r in valid], "s--", color="#2c7a4b", label="validation accuracy"
+    )
     right.set(ylabel="accuracy", ylim=(0, 1.02))
     lines = axes.get_lines() + right.get_lines()
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="center right", frameon=False)

@@ -1,6 +1,6 @@
 """fit: from a model and rows to a run directory with an adapter that is proven on rows it has not seen.
 
-    run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
+run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
 """
 
 import json
@@ -48,7 +48,9 @@ class Result:
 
     def __repr__(self) -> str:
         where = f", '{self.out}'" if self.out else ""
-        return f"Result(accuracy {self.before['accuracy']:.3f} -> {self.metrics['accuracy']:.3f}, {self.adapter!r}{where})"
+        return (
+            f"Result(accuracy {self.before['accuracy']:.3f} -> {self.metrics['accuracy']:.3f}, {self.adapter!r}{where})"
+        )
 
 
 def fit(
@@ -105,7 +107,9 @@ def fit(
             records, state = _run(net, goal, parts, chosen, place, resume, identity, watch)
             load_tensors(net, state.best_tensors)
             metrics = evaluate_tokens(net, goal, parts["test"], chosen.eval_batch_size)[0]
-            adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
+            adapter = collect(net).with_meta(
+                base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
+            )
         finally:
             detach(net)
     finally:
@@ -122,10 +126,14 @@ def _claim(place: Path, resume: bool, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise UsageError(f"'{place}' is a file; name a directory for the run")
     if place.is_dir() and any(place.iterdir()):
-        ours = (place / "summary.json").exists() or (place / "checkpoint").exists() or (place / "records.jsonl").exists()
+        ours = (
+            (place / "summary.json").exists() or (place / "checkpoint").exists() or (place / "records.jsonl").exists()
+        )
         if resume and not (place / "checkpoint").is_dir():
             done = (place / "summary.json").exists()
-            raise UsageError(f"'{place}' holds {'a finished run' if done else 'no checkpoint'}; there is nothing to resume")
+            raise UsageError(
+                f"'{place}' holds {'a finished run' if done else 'no checkpoint'}; there is nothing to resume"
+            )
         if not resume and not overwrite:
             raise UsageError(f"'{place}' is not empty; resume the run in it, overwrite it, or name another directory")
         if overwrite and not resume:

@@ -45,7 +45,9 @@ def open_run(path: str | Path) -> tuple[Adapter, Classify]:
     adapter = load(place)
     note = adapter.meta.get("task")
     if not note:
-        raise AdapterError(f"'{place}' does not say which task it was trained for (no labels); it was not made by lorakit fit")
+        raise AdapterError(
+            f"'{place}' does not say which task it was trained for (no labels); it was not made by lorakit fit"
+        )
     return adapter, Classify.from_note(note)
 
 

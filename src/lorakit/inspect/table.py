@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter
+from lorakit.adapter import Adapter, same_base
 from lorakit.attach import base_fingerprint
 from lorakit.describe import locate
 from lorakit.errors import AdapterError, BaseMismatchError
@@ -90,9 +90,9 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
 
     Raises AdapterError if the model lacks a layer, BaseMismatchError if it has other weights.
     """
-    if model is not None and check_base and adapter.base_fingerprint:
-        if adapter.base_fingerprint != base_fingerprint(model, adapter.layers):
-            raise BaseMismatchError("this adapter was made for other weights than the given model has; pass that base")
+    known = adapter.base_fingerprint
+    if model is not None and check_base and known and not same_base(known, base_fingerprint(model, adapter.layers)):
+        raise BaseMismatchError("this adapter was made for other weights than the given model has; pass that base")
     views = [_view(path, layer, model) for path, layer in adapter.layers.items()]
     total = sum(view.norm**2 for view in views if view.norm is not None)
     if total > 0 and all(view.norm is not None for view in views):

@@ -116,6 +116,13 @@ def _by_specificity(n_kinds: int) -> tuple[Kind, ...]:
     return tuple(sorted(KINDS, key=lambda kind: -kind.specific))  # stable: the order of names among equals
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight as it stands now."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def same_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:
     """The module's class has this very forward, not one of its own."""
     return type(module).forward is forward

@@ -7,7 +7,7 @@ its rows; one `a` serves every group, which makes the pair an exact low-rank cha
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.kinds import KINDS, Kind, Shapes, same_forward
+from lorakit.kinds import KINDS, Kind, Shapes, same_forward, weight_of
 
 
 class _Conv(Kind):
@@ -21,7 +21,7 @@ class _Conv(Kind):
         return same_forward(module, self.module.forward)
 
     def shapes(self, module: nn.Module, parameter: str) -> Shapes:
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        shape = tuple(weight_of(module).shape)
         fan_in = 1
         for side in shape[1:]:
             fan_in *= side
@@ -32,11 +32,11 @@ class _Conv(Kind):
         return weight.flatten(1)
 
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
-        return weight.reshape(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        return weight.reshape(weight_of(module).shape)
 
     def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         groups: int = module.groups  # type: ignore[assignment]
-        inner = a.reshape(a.shape[0], *module.weight.shape[1:])  # type: ignore[union-attr,misc]
+        inner = a.reshape(a.shape[0], *weight_of(module).shape[1:])
         inner = inner.repeat(groups, *([1] * (inner.ndim - 1)))
         h = module._conv_forward(x, inner, None)  # type: ignore[operator]
         outer = b.reshape(*b.shape, *([1] * self.n_dims))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.kinds import KINDS, Kind, Shapes, same_forward
+from lorakit.kinds import KINDS, Kind, Shapes, same_forward, weight_of
 from lorakit.update import Update
 
 
@@ -22,7 +22,7 @@ class Embedding(Kind):
         return same_forward(module, nn.Embedding.forward) and module.max_norm is None
 
     def shapes(self, module: nn.Module, parameter: str) -> Shapes:
-        n, d = module.weight.shape  # type: ignore[union-attr]
+        n, d = weight_of(module).shape
         return Shapes((n, d), (d, n))
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
@@ -39,10 +39,11 @@ class Embedding(Kind):
 
     def apply(self, module: nn.Module, x: Tensor, y: Tensor, update: Update) -> Tensor:
         changed = super().apply(module, x, y, update)
-        if module.padding_idx is None or not changed.requires_grad:
+        padding: int | None = module.padding_idx  # type: ignore[assignment]
+        if padding is None or not changed.requires_grad:
             return changed
-        padding = (x == module.padding_idx).unsqueeze(-1)  # torch's rule: padding is looked up and teaches nothing
-        return torch.where(padding, changed.detach(), changed)
+        silent = torch.eq(x, padding).unsqueeze(-1)  # torch's rule: padding is looked up and teaches nothing
+        return torch.where(silent, changed.detach(), changed)
 
     def over_inputs(self, vector: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError("an embedding has no input channels to scale")

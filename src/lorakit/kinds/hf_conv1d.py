@@ -6,7 +6,7 @@ Recognised by its class name and shape, so that Transformers need not be importe
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.kinds import KINDS, Kind, Shapes
+from lorakit.kinds import KINDS, Kind, Shapes, weight_of
 
 
 @KINDS.add
@@ -22,7 +22,7 @@ class HfConv1d(Kind):
         return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.ndim == 2
 
     def shapes(self, module: nn.Module, parameter: str) -> Shapes:
-        i, o = module.weight.shape  # type: ignore[union-attr]
+        i, o = weight_of(module).shape
         return Shapes((i, o), (o, i), has_bias=True)
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:

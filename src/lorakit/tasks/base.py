@@ -52,7 +52,11 @@ def load_base(name: str, *, pool: str | None = None, max_length: int | None = No
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         config = transformers.AutoConfig.from_pretrained(place)
-        auto = transformers.AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else transformers.AutoModel
+        auto = (
+            transformers.AutoModelForTextEncoding
+            if config.model_type in ("t5", "mt5", "umt5")
+            else transformers.AutoModel
+        )
         model = auto.from_pretrained(place, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -92,7 +96,7 @@ def _check_hash(weights: Path) -> None:
 
 
 def pool_of(place: str, config: Any) -> str:
-    """How a trunk wants to be pooled: as its own pooling file says; decoders by the last token, encoders by the first."""
+    """How a trunk wants to be pooled: as its own file says; else decoders by the last token, encoders by the first."""
     file = Path(place) / "1_Pooling" / "config.json"
     if file.is_file():
         wishes = json.loads(file.read_text(encoding="utf-8"))

@@ -38,9 +38,7 @@ def _pays_to_merge(x: Tensor, weight: Tensor) -> bool:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         wide_a, wide_b = _ready(a, b, x.dtype)
         s = x @ wide_a.T
         if _pays_to_merge(x, weight):
