@@ -387,7 +387,7 @@ def test_all_faults_of_a_call_are_said_at_once() -> None:
     for words in [
         "'q_porj' matches none",
         "'re:(' is not a regular expression",
-        "rank 9 exceeds the smaller side of 'model.layers.0.self_attn.k_proj' (8 x 16); use rank <= 8 or clip_rank = true",
+        "rank 9 exceeds the smaller side of 'model.layers.0.self_attn.k_proj' (8 x 16); use rank <= 8 or clip_rank",
         "rank 9 exceeds the smaller side of 'model.layers.1.self_attn.k_proj'",
         "'head' matches 1 layers, but none in blocks [0, 1]",
     ]:

@@ -57,7 +57,8 @@ def test_a_plan_is_made_and_attached_without_the_heavy_libraries() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"]], ids=" ".join)
 def test_asking_for_help_does_not_load_torch(words: list[str]) -> None:
-    code = f"import sys, runpy\nsys.argv = ['lorakit', *{words!r}]\ntry:\n    runpy.run_module('lorakit', run_name='__main__')"
+    run = "runpy.run_module('lorakit', run_name='__main__')"
+    code = f"import sys, runpy\nsys.argv = ['lorakit', *{words!r}]\ntry:\n    {run}"
     loaded = loaded_after(f"{code}\nexcept SystemExit as end:\n    assert not end.code, end.code")
     assert "torch" not in loaded
     assert not loaded & set(HEAVY)

@@ -1,4 +1,4 @@
-"""torch.compile takes adapted models as one graph, also after switching; without a compiler behind it, so it is quick."""
+"""torch.compile takes adapted models as one graph, also after switching. No compiler behind it, so it is quick."""
 
 from collections.abc import Iterator
 

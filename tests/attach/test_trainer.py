@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt2": ("gpt2", {}),
     "bert with a trained head": ("bert", {"trained": ["classifier"], "bias": "adapted"}),
     "bert by dora": ("bert", {"method": "dora"}),
+    "tied gpt2 trained whole beside": ("gpt2", {"trained": ["*"]}),
     "llama trained whole beside": ("llama", {"trained": ["*"]}),
 }
 

@@ -282,10 +282,10 @@ def _put_trained(
 ) -> None:
     """Stand-ins for whole parameters. What is one tensor in the base (tied weights) gets one stand-in, too."""
     switch = make_switch(model)
-    shared: dict[int, nn.Parameter] = {}
+    owners: dict[int, Trained] = {}
     for full_name in switch.trained.get(name, ()):
         place = stand_in(model, full_name)
-        shared[id(place.base)] = place.trained._parameters[name]  # type: ignore[assignment]
+        owners[id(place.base)] = place.trained.lent.get(name, place.trained)
     for full_name, (holder, owner) in stand_ins.items():
         leaf = full_name.rpartition(".")[2]
         trained = holder._modules.get(f"trained_{leaf}")
@@ -296,9 +296,12 @@ def _put_trained(
         base = holder._parameters[leaf]
         assert base is not None
         value = adapter.trained[full_name].detach().to(base.device, base.dtype, copy=True)
-        if id(base) not in shared or not torch.equal(shared[id(base)], value):
-            shared[id(base)] = nn.Parameter(value, requires_grad=learn)
-        trained.register_parameter(name, shared[id(base)])
+        lender = owners.setdefault(id(base), trained)
+        standing = lender._parameters.get(name)
+        if standing is not None and torch.equal(standing, value):
+            trained.lent[name] = lender
+        else:
+            trained.register_parameter(name, nn.Parameter(value, requires_grad=learn))
 
 
 def _quiet_nested_tensors(model: nn.Module, switch: Switch) -> None:
@@ -335,8 +338,9 @@ def _take_away(model: nn.Module, switch: Switch, name: str) -> None:
             del module._modules[slot_name(parameter)]
     for full_name in switch.trained[name]:
         holder, _, trained = stand_in(model, full_name)
-        del trained._parameters[name]
-        if not trained._parameters:
+        trained._parameters.pop(name, None)
+        trained.lent.pop(name, None)
+        if not trained._parameters and not trained.lent:
             host, _, leaf = full_name.rpartition(".")
             drop_shadow(owner_of(model, holder, host), trained)
             del holder._modules[f"trained_{leaf}"]

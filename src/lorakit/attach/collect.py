@@ -39,7 +39,7 @@ def collect(model: nn.Module, name: str | None = None) -> Adapter:
         )
     trained: dict[str, Tensor] = {}
     for full_name in switch.trained[name]:
-        trained[full_name] = _value(stand_in(model, full_name).trained._parameters[name])  # type: ignore[arg-type]
+        trained[full_name] = _value(stand_in(model, full_name).trained.parameter(name))  # type: ignore[arg-type]
     return Adapter(layers, trained, dict(switch.meta[name]))
 
 

@@ -133,18 +133,27 @@ class Slot(nn.Module):
 
 
 class Trained(nn.Module):
-    """Whole parameters in the place of one base parameter: adapter name -> parameter."""
+    """Whole parameters in the place of one base parameter: adapter name -> parameter.
+
+    Where the base has one tensor in several places (tied weights), one place owns the stand-in and `lent` tells the
+    others whose they read: a parameter registered twice is one that Transformers refuses to save.
+    """
 
     added_by_lorakit = True
 
     def __init__(self, switch: Switch) -> None:
         super().__init__()
         self.switch = switch
+        self.lent: dict[str, Trained] = {}
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """The stand-in of this adapter, its own or another's."""
+        return self.lent.get(name, self)._parameters.get(name)
 
     def active(self) -> nn.Parameter | None:
         """The parameter that stands in now, if any."""
         for name in self.switch.active:
-            parameter = self._parameters.get(name)
+            parameter = self.parameter(name)
             if parameter is not None:
                 return parameter
         return None
