@@ -42,11 +42,19 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     shapes = hashlib.sha256(repr([(name, tuple(weight.shape)) for name, weight in named]).encode())
     direct, by_half = shapes, shapes.copy()
     if named:
-        flat = [weight.detach().reshape(-1) for _, weight in named]
-        samples = torch.cat([w[:: max(1, w.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float32) for w in flat])
+        with torch.no_grad():
+            samples = torch.cat([_sample(weight) for _, weight in named])
         for digest, rounded in ((direct, samples), (by_half, samples.to(torch.float16))):
             digest.update(rounded.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return f"{direct.hexdigest()[:32]}.{by_half.hexdigest()[:32]}"
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Evenly spaced numbers, float32, on the CPU."""
+    step = max(1, weight.numel() // _SAMPLES)
+    numbers = weight.reshape(-1)[: step * _SAMPLES : step]
+    plain = numbers.dtype == torch.float32 and numbers.device.type == "cpu"
+    return numbers if plain else numbers.to("cpu", torch.float32)
 
 
 def same_base(x: str, y: str) -> bool:

@@ -42,6 +42,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
     "mlp": frozenset({"up", "gate", "down"}),
     "embeddings": frozenset({"embedding"}),
 }
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _MATRICES = frozenset({"linear", "hf_conv1d", "parameter"})
 _BARE_ROLES = frozenset({"experts", "recurrent", "qkv", "q", "k", "v", "up", "gate", "down"})  # in "all-linear"
 
@@ -50,18 +51,19 @@ def role_of(path: str, kind: str) -> str:
     """What a layer does in its network, by its name."""
     if kind == "embedding":
         return "embedding"
-    role = _role_by_name(".".join(path.rsplit(".", 3)[-3:]), path.rpartition(".")[0] == "")
+    role = _role_by_name(".".join(path.rsplit(".", 3)[-3:]))
     return role if role != "other" or not kind.startswith("conv") else "conv"
 
 
 @lru_cache(maxsize=4096)
-def _role_by_name(tail: str, alone: bool) -> str:
+def _role_by_name(tail: str) -> str:
     return next((role for pattern, role in _ROLES if re.search(pattern, tail, re.IGNORECASE)), "other")
 
 
 def block_of(path: str) -> int | None:
     """First number in the path: the index in the stack of layers."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    match = _NUMBER.search(path)
+    return int(match[1]) if match else None
 
 
 class Found(NamedTuple):

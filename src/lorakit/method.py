@@ -56,6 +56,10 @@ class Method(ABC):
     def shapes(self, spec: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of every factor that must be there."""
 
+    def expected(self, spec: LayerSpec, layer: AdaptedLayer) -> dict[str, tuple[int, ...]]:
+        """Shape of every factor that this layer of an adapter must have to go on the weight of `spec`."""
+        return self.shapes(spec, layer.rank)
+
     def optional_shapes(self, spec: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of every factor that may be there besides."""
         return {}

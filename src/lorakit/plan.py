@@ -21,6 +21,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ from lorakit.files import write_text
 VERSION = 1
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # not allowed in a TOML comment
 _RULE = re.compile(r"^\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*/\s*(r|sqrt\(r\))\s*$")
+
+
+@lru_cache(maxsize=256)
+def _parsed(rule: str) -> re.Match[str] | None:
+    return _RULE.match(rule)
 
 
 def resolve_scale(rule: float | str, rank: int) -> float:
@@ -44,7 +50,7 @@ def resolve_scale(rule: float | str, rank: int) -> float:
     if isinstance(rule, int | float) and not isinstance(rule, bool):
         value = float(rule)
     else:
-        match = _RULE.match(rule) if isinstance(rule, str) else None
+        match = _parsed(rule) if isinstance(rule, str) else None
         if match is None:
             raise PlanError(f'scale {rule!r} is neither a number nor a rule; use 2.0, "16/r" or "16/sqrt(r)"')
         if rank == 0:

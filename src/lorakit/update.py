@@ -11,6 +11,7 @@ forward, merge, decomposition, report and export read nothing else. Leading batc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ class Update:
         return replace(self, **{name: part.detach() for name, part in parts.items() if part is not None})
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
+class LayerSpec(NamedTuple):
     """What is known of one weight of a model without looking at its numbers.
 
     `path` is the dotted module name; for a weight that is a bare parameter (experts, attention projections, recurrent

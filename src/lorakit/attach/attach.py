@@ -1,14 +1,14 @@
 """The one door: attach adapters to a model, and take them away again without a trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter, same_base
+from lorakit.adapter import Adapter, fingerprint, same_base
 from lorakit.attach.drives import add_shadow, drop_shadow, install, remove
-from lorakit.attach.fresh import base_fingerprint, init
+from lorakit.attach.fresh import fresh
 from lorakit.attach.slots import (
     Factors,
     Slot,
@@ -64,12 +64,12 @@ def attach(
     drive: str | None = None,
     check_base: bool = True,
 ) -> tuple[str, ...]:
-    """Attaches an adapter to a model in place and makes it active; returns the adapted layer paths.
+    """Attaches an adapter to a model in place and makes it the active one; returns the adapted layer paths.
 
     A Plan brings fresh factors (from `seed`) that learn; an Adapter brings its own, which do not, unless `trainable`.
     Training freezes every base parameter; detaching the last adapter puts their `requires_grad` back. `name` tells
-    several adapters apart. `drive` overrides the choice of drive, for tests. `check_base=False` allows an adapter
-    that was made on other base weights.
+    several adapters apart (`activate` lets more than one act). `drive` overrides the choice of drive, for tests.
+    `check_base=False` allows an adapter that was made on other base weights.
 
     Raises PlanError or AdapterError with every fault, before anything is changed.
 
@@ -78,54 +78,60 @@ def attach(
     >>> lk.attach(model, lk.plan(model, rank=2))
     ('0', '1')
     """
-    model = find_home(model) or model
-    _check_name(model, name)
+    home = find_home(model)
+    model = home or model
+    _check_name(home, name)
     if drive is not None and drive not in DRIVES:
         raise UsageError(f"unknown drive '{drive}'{nearest(drive, DRIVES)}")
-    if isinstance(what, Plan):
-        if not what.layers and not what.trained:
-            raise UsageError("the plan is empty: no layer to adapt and nothing to train; see lorakit.plan")
-        adapter = init(model, what, seed=seed)
-    elif isinstance(what, Adapter):
-        adapter = what
-    else:
+    if not isinstance(what, Plan | Adapter):
         raise UsageError(f"attach takes a Plan or an Adapter, not {type(what).__name__}")
+    if isinstance(what, Plan) and not what.layers and not what.trained:
+        raise UsageError("the plan is empty: no layer to adapt and nothing to train; see lorakit.plan")
+    found = {path: locate(model, path) for path in what.layers}
+    adapter = fresh(model, what, found, seed) if isinstance(what, Plan) else what
     learn = isinstance(what, Plan) if trainable is None else trainable
-    places = _places(model, adapter, drive)
+    modules = list(walk(model))
+    own = isinstance(what, Plan)  # fresh factors fit by construction, and nobody else holds them
+    places = _places(model, adapter, found, _inside_torch_layers(modules), drive, own)
     stand_ins = _stand_ins(model, adapter)
     if check_base and isinstance(what, Adapter):
-        _check_base(model, adapter)
+        _check_base(model, adapter, places)
     switch = make_switch(model)
     refuse_merged(switch)
     if learn:
-        _freeze(model, switch)
+        _freeze(modules, switch)
     for place in places:
-        _put_layer(place, name, switch, learn, own=isinstance(what, Plan))
+        _put_layer(place, name, switch, learn, own)
     _put_trained(model, stand_ins, name, adapter, learn)
-    _quiet_nested_tensors(model, switch)
+    _quiet_nested_tensors(modules, switch)
     switch.names[name] = tuple(place.path for place in places)
     switch.trained[name] = tuple(stand_ins)
     switch.meta[name] = adapter.meta
-    others = [n for n in switch.active if not (set(switch.trained[n]) & set(stand_ins))]
-    switch.active = (*others, name) if not isinstance(what, Plan) or len(switch.names) == 1 else (name,)
+    switch.active = (name,)
     return switch.names[name]
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _check_name(home: nn.Module | None, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or name in _RESERVED:
         raise UsageError(f"adapter name {name!r} cannot be used; take a plain word without dots")
-    if find_home(model) is not None and name in make_switch(model).names:
+    if home is not None and name in make_switch(home).names:
         raise AttachError(f"an adapter named '{name}' is attached already; choose another name, or detach it first")
 
 
-def _places(model: nn.Module, adapter: Adapter, drive: str | None) -> list[_Place]:
+def _places(
+    model: nn.Module,
+    adapter: Adapter,
+    located: Mapping[str, Found | None],
+    inside_torch: set[int],
+    drive: str | None,
+    own: bool,
+) -> list[_Place]:
     """Where every layer goes, after every check that needs no change."""
     places: list[_Place] = []
     faults: list[str] = []
     n_absent = 0
-    inside_torch = _inside_torch_layers(model)
     for path, layer in adapter.layers.items():
-        found = locate(model, path)
+        found = located[path]
         if found is None:
             n_absent += 1
             faults.append(f"the model has no layer '{path}' that can be adapted")
@@ -134,7 +140,7 @@ def _places(model: nn.Module, adapter: Adapter, drive: str | None) -> list[_Plac
         owner = owner_of(model, found.module, host)
         if drive == "weight" and owner is found.module and found.kind.name != "parameter":
             owner = parent_of(model, path)  # whoever demands this drive says that the weight is read from outside
-        wrong = _misfits(layer, found.spec) + _cannot(drive, found, owner)
+        wrong = ([] if own else _misfits(layer, found.spec)) + _cannot(drive, found, owner)
         if wrong:
             faults += wrong
             continue
@@ -154,15 +160,12 @@ def _misfits(layer: AdaptedLayer, spec: LayerSpec) -> list[str]:
     families = {"linear", "hf_conv1d"}
     if layer.kind != spec.kind and not {layer.kind, spec.kind} <= families and layer.kind != "":
         return [f"'{spec.path}' is of kind {spec.kind}; the adapter has {layer.kind} there"]
-    rank = layer.rank
-    wanted = METHODS[layer.method].shapes(spec, rank)
-    if METHODS[layer.method].name == "ia3":  # which side it scales is the adapter's own choice
-        o, i = spec.matrix
-        wanted = {"gain": (*spec.batch, o)} if "gain" in layer.factors else {"gain_in": (*spec.batch, i)}
+    method = METHODS[layer.method]
+    wanted = method.expected(spec, layer)
     faults = [f"'{spec.path}' lacks factor '{name}'" for name in wanted if name not in layer.factors]
     if ("a0" in layer.factors) != ("b0" in layer.factors):
         faults.append(f"'{spec.path}' has only one of the factors 'a0' and 'b0'")
-    known = {**wanted, **METHODS[layer.method].optional_shapes(spec, rank)}
+    known = {**wanted, **method.optional_shapes(spec, layer.rank)}
     faults += [
         f"'{spec.path}' has a factor '{name}' that method '{layer.method}' does not know{nearest(name, known)}"
         for name in layer.factors
@@ -206,10 +209,13 @@ def _drive(found: Found, owner: nn.Module, inside_torch: set[int]) -> str:
     return "fused"
 
 
-def _inside_torch_layers(model: nn.Module) -> set[int]:
+Modules = Iterable[tuple[str, nn.Module]]
+
+
+def _inside_torch_layers(modules: Modules) -> set[int]:
     """torch's own transformer layers look for hooks before they take a fast path past the forward of their layers."""
     kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return {id(inner) for _, outer in walk(model) if isinstance(outer, kinds) for inner in outer.modules()}
+    return {id(inner) for _, outer in modules if isinstance(outer, kinds) for inner in outer.modules()}
 
 
 def _stand_ins(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -237,9 +243,9 @@ def _stand_ins(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module,
     return found
 
 
-def _check_base(model: nn.Module, adapter: Adapter) -> None:
+def _check_base(model: nn.Module, adapter: Adapter, places: Iterable[_Place]) -> None:
     wanted = adapter.base_fingerprint
-    if wanted and not same_base(wanted, base_fingerprint(model, adapter.layers)):
+    if wanted and not same_base(wanted, fingerprint((place.path, place.found.weight) for place in places)):
         raise BaseMismatchError(
             f"this adapter was made for other weights than this {type(model).__name__} has"
             f"{f' (it was made on {adapter.base_name!r})' if adapter.base_name else ''}; load that base, "
@@ -247,11 +253,11 @@ def _check_base(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _freeze(model: nn.Module, switch: Switch) -> None:
+def _freeze(modules: Modules, switch: Switch) -> None:
     if switch.frozen is not None:
         return
     switch.frozen = set()
-    for path, module in walk(model):
+    for path, module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 switch.frozen.add(f"{path}.{name}" if path else name)
@@ -304,11 +310,11 @@ def _put_trained(
             trained.register_parameter(name, nn.Parameter(value, requires_grad=learn))
 
 
-def _quiet_nested_tensors(model: nn.Module, switch: Switch) -> None:
+def _quiet_nested_tensors(modules: Modules, switch: Switch) -> None:
     """torch's encoder turns padded input into nested tensors for a fast path that adapted layers do not take."""
     if switch.names:
         return
-    for path, module in walk(model):
+    for path, module in modules:
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             switch.nested[path] = True
             module.use_nested_tensor = False
@@ -317,7 +323,7 @@ def _quiet_nested_tensors(model: nn.Module, switch: Switch) -> None:
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Takes one adapter away, or all of them. After the last one the model is what it was, bit for bit.
 
-    Base parameters get the `requires_grad` back that they had before training.
+    Base parameters get the `requires_grad` back that they had before training. No other adapter becomes active by it.
     """
     model, switch = home_of(model)
     refuse_merged(switch)

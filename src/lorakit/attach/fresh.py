@@ -1,7 +1,7 @@
 """Fresh factors: a plan and a model -> an adapter that changes nothing yet."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -21,7 +21,11 @@ def init(model: nn.Module, plan: Plan, *, seed: int = 0) -> Adapter:
     Every layer draws from a generator of its own (seed and path), always on the CPU: the factors of a layer do not
     depend on the other layers, nor on the device. Raises PlanError that lists every fault.
     """
-    found = {path: locate(model, path) for path in plan.layers}
+    return fresh(model, plan, {path: locate(model, path) for path in plan.layers}, seed)
+
+
+def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed: int) -> Adapter:
+    """`init` where the layers have been located already."""
     missing = [path for path, place in found.items() if place is None]
     faults = [f"the model has no layer '{path}'{nearest(path, (name for name, _ in walk(model)))}" for path in missing]
     places = {path: place for path, place in found.items() if place is not None}

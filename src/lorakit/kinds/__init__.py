@@ -113,7 +113,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 @lru_cache(maxsize=1)
 def _by_specificity(n_kinds: int) -> tuple[Kind, ...]:
-    return tuple(sorted(KINDS, key=lambda kind: -kind.specific))  # stable: the order of names among equals
+    return tuple(sorted(KINDS, key=lambda kind: (-kind.specific, not kind.fusable)))  # the commonest first
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -31,6 +31,10 @@ class Ia3(Method):
         o, i = spec.matrix
         return {"gain_in": (*spec.batch, i)} if spec.role == "down" else {"gain": (*spec.batch, o)}
 
+    def expected(self, spec: LayerSpec, layer: AdaptedLayer) -> dict[str, tuple[int, ...]]:
+        o, i = spec.matrix  # which side is scaled is the adapter's own choice
+        return {"gain": (*spec.batch, o)} if "gain" in layer.factors else {"gain_in": (*spec.batch, i)}
+
     def faults(self, spec: LayerSpec, plan: LayerPlan) -> list[str]:
         if spec.role == "down" and spec.kind not in ("linear", "hf_conv1d", "parameter"):
             return [f"ia3 on the inputs of '{spec.path}' (kind {spec.kind}) is not defined; leave it out of the plan"]

@@ -1,0 +1,205 @@
+"""Methods and starts as pure functions, each against its paper's formula on dense matrices."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+from lorakit.errors import PlanError
+from lorakit.method import METHODS, STARTS, Factors, layer_update
+from lorakit.plan import LayerPlan
+from lorakit.update import AdaptedLayer, LayerSpec
+
+OUT, IN, R = 7, 5, 2
+SPECS = {
+    "matrix": LayerSpec("x", "linear", (OUT, IN), (OUT, IN)),
+    "experts": LayerSpec("x", "parameter", (3, OUT, IN), (OUT, IN), (3,)),
+}
+
+
+def weight_of(spec: LayerSpec) -> Tensor:
+    return torch.randn(*spec.batch, *spec.matrix, generator=torch.Generator().manual_seed(5))
+
+
+def pair(start: str, spec: LayerSpec, scale: float = 1.5, rank: int = R, seed: int = 0) -> tuple[Tensor, Tensor]:
+    weight = weight_of(spec)
+    return STARTS[start].pair(spec, rank, scale, lambda: weight, torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- starts
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("start", STARTS.names())
+def test_a_start_gives_float32_factors_of_the_right_shape_that_repeat_with_the_seed(
+    start: str, spec: LayerSpec
+) -> None:
+    a, b = pair(start, spec)
+    assert a.shape == (*spec.batch, R, IN)
+    assert b.shape == (*spec.batch, OUT, R)
+    assert a.dtype == b.dtype == torch.float32
+    again = pair(start, spec)
+    assert torch.equal(a, again[0])
+    assert torch.equal(b, again[1])
+    if start != "pissa":  # which reads the weight and draws nothing
+        assert not torch.equal(a, pair(start, spec, seed=1)[0])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("start", STARTS.names())
+def test_a_start_that_says_zero_has_a_product_of_zero(start: str, spec: LayerSpec) -> None:
+    a, b = pair(start, spec)
+    size = float((b @ a).abs().max())
+    assert (size < 1e-7) == STARTS[start].zero  # numbers of order 0.1, rounded once to float32
+    assert float(a.abs().max()) > 0
+
+
+def test_kaiming_is_uniform_within_one_over_the_root_of_the_inputs() -> None:
+    spec = LayerSpec("x", "linear", (10, 400), (10, 400))
+    a, b = pair("kaiming", spec, rank=50)
+    bound = 400**-0.5
+    assert float(a.abs().max()) <= bound
+    # 20 000 draws: the standard deviation bound / sqrt 3 is met within a few of its errors, about 0.5 %
+    assert float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not b.any()
+
+
+def test_gaussian_has_a_deviation_of_one_over_the_rank() -> None:
+    a, b = pair("gaussian", LayerSpec("x", "linear", (50, 400), (50, 400)), rank=50)
+    assert float(a.std()) == pytest.approx(1 / 50, rel=0.02)
+    assert not b.any()
+
+
+def test_orthogonal_lets_both_factors_learn_from_the_first_step() -> None:
+    a, b = pair("orthogonal", SPECS["matrix"], rank=4)
+    assert float(a.abs().min()) > 0
+    assert float(b.abs().min()) > 0
+    assert torch.linalg.matrix_rank(a) == torch.linalg.matrix_rank(b) == 2
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.5, -1.5])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_pissa_begins_at_the_best_approximation_of_the_weight(spec: LayerSpec, scale: float) -> None:
+    a, b = pair("pissa", spec, scale)
+    u, s, vh = torch.linalg.svd(weight_of(spec).double(), full_matrices=False)
+    best = u[..., :R] @ torch.diag_embed(s[..., :R]) @ vh[..., :R, :]
+    assert torch.allclose(scale * b.double() @ a.double(), best, atol=1e-5)
+    assert torch.allclose(b.mT @ b, a @ a.mT, atol=1e-5)  # the singular values are shared evenly
+
+
+# ---------------------------------------------------------------- methods
+
+
+def factors(method: str, spec: LayerSpec, start: str = "kaiming") -> Factors:
+    """Fresh factors and noise, in float64."""
+    plan = LayerPlan(method, R if METHODS[method].takes_rank else 0, 1.5, start)
+    fresh = METHODS[method].init(spec, plan, lambda: weight_of(spec), torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    noise = {name: torch.randn(t.shape, generator=g, dtype=torch.float64) for name, t in fresh.items()}
+    frozen = METHODS[method].frozen
+    return {name: t.double() + (0 if name in frozen else 0.3) * noise[name] for name, t in fresh.items()}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_lora_adds_the_scaled_product(spec: LayerSpec) -> None:
+    f, weight = factors("lora", spec), weight_of(spec).double()
+    changed = METHODS["lora"].update(f, 1.5, lambda: weight).weight(weight)
+    assert torch.allclose(changed, weight + 1.5 * f["b"] @ f["a"], atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_start_that_is_not_zero_is_subtracted(spec: LayerSpec) -> None:
+    f, weight = factors("lora", spec, "pissa"), weight_of(spec).double()
+    changed = METHODS["lora"].update(f, 1.5, lambda: weight).weight(weight)
+    wanted = weight + 1.5 * (f["b"] @ f["a"] - f["b0"] @ f["a0"])
+    assert torch.allclose(changed, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_dora_sets_the_length_of_every_row(spec: LayerSpec) -> None:
+    f, weight = factors("dora", spec), weight_of(spec).double()
+    changed = METHODS["dora"].update(f, 1.5, lambda: weight).weight(weight)
+    moved = weight + 1.5 * f["b"] @ f["a"]
+    wanted = f["magnitude"].unsqueeze(-1) * moved / moved.norm(dim=-1, keepdim=True)
+    assert torch.allclose(changed, wanted, atol=1e-12)
+    assert torch.allclose(changed.norm(dim=-1), f["magnitude"].abs(), atol=1e-12)
+
+
+def test_dora_leaves_a_row_of_zeros_at_zero_and_its_gradient_finite() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    x = torch.randn(3, IN)
+    plain = model(x)
+    for drive in ("hook", "fused", "weight"):
+        lk.attach(model, lk.plan(model, rank=R, method="dora"), drive=drive)
+        y = model(x)
+        assert torch.allclose(y, plain, atol=1e-6)
+        y.square().sum().backward()
+        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+        lk.detach(model)
+
+
+def test_dora_takes_the_length_as_a_constant_in_its_gradient() -> None:
+    """Section 4.3 of the paper: dL/db is that of the numerator, times m over the length."""
+    f, weight = factors("dora", SPECS["matrix"]), weight_of(SPECS["matrix"]).double()
+    leaves = {name: t.clone().requires_grad_() for name, t in f.items()}
+    METHODS["dora"].update(leaves, 1.5, lambda: weight).weight(weight).square().sum().backward()
+    moved = weight + 1.5 * f["b"] @ f["a"]
+    ratio = (f["magnitude"] / moved.norm(dim=-1)).unsqueeze(-1)
+    upstream = 2 * ratio * moved  # d(sum of squares)/dW'
+    assert torch.allclose(leaves["b"].grad, 1.5 * (ratio * upstream) @ f["a"].mT, atol=1e-10)
+    assert torch.allclose(leaves["magnitude"].grad, 2 * f["magnitude"], atol=1e-10)
+
+
+@pytest.mark.parametrize(("role", "side"), [("v", "gain"), ("down", "gain_in"), ("other", "gain")])
+def test_ia3_scales_outputs_or_the_inputs_of_the_matrix_that_ends_an_mlp(role: str, side: str) -> None:
+    spec = LayerSpec("x", "linear", (OUT, IN), (OUT, IN), role=role)
+    f, weight, bias = factors("ia3", spec), weight_of(spec).double(), torch.randn(OUT, dtype=torch.float64)
+    assert list(f) == [side]
+    update = METHODS["ia3"].update(f, 1.0, lambda: weight)
+    gain = f[side]
+    wanted = gain.unsqueeze(-1) * weight if side == "gain" else weight * gain
+    assert torch.allclose(update.weight(weight), wanted)
+    changed = update.changed_bias(bias)
+    assert changed is not None
+    assert torch.allclose(changed, gain * bias if side == "gain" else bias)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_bias_on_the_outer_factor_is_scaled_with_it(method: str) -> None:
+    f, weight = factors(method, SPECS["matrix"]), weight_of(SPECS["matrix"]).double()
+    bias = torch.randn(OUT, dtype=torch.float64)
+    update = METHODS[method].update({**f, "bias": bias}, 1.5, lambda: weight)
+    assert update.bias is not None
+    assert torch.allclose(update.bias, 1.5 * bias)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("method", METHODS.names())
+def test_fresh_factors_change_nothing_and_have_the_declared_shapes_and_size(method: str, spec: LayerSpec) -> None:
+    entry, weight = METHODS[method], weight_of(spec)
+    rank = R if entry.takes_rank else 0
+    fresh = entry.init(spec, LayerPlan(method, rank, 1.5, "kaiming"), lambda: weight, torch.Generator())
+    assert {name: tuple(t.shape) for name, t in fresh.items()} == entry.shapes(spec, rank)
+    assert entry.size(spec, rank) == sum(t.numel() for t in fresh.values())
+    changed = entry.update(fresh, 1.5, lambda: weight).weight(weight)
+    assert torch.allclose(changed, weight, rtol=1e-6)  # a length and its inverse: roundings of float32
+
+
+def test_an_update_without_the_model_asks_for_it_only_where_it_needs_it() -> None:
+    def layer(method: str) -> AdaptedLayer:
+        return AdaptedLayer(method, "linear", (OUT, IN), factors(method, SPECS["matrix"]), R, 1.5)
+
+    assert layer_update(layer("lora")).is_pair
+    with pytest.raises(PlanError, match="method 'dora' needs the base weight to say its update; pass the model"):
+        layer_update(layer("dora"))
+    weight = weight_of(SPECS["matrix"]).double()
+    assert layer_update(layer("dora"), lambda: weight).gain is not None
+
+
+@pytest.mark.parametrize(("rank", "words"), [(0, "use a whole number, 1 or more"), (6, "use rank <= 5")])
+def test_ranks_that_cannot_be_are_faults(rank: int, words: str) -> None:
+    (fault,) = METHODS["lora"].faults(SPECS["matrix"], LayerPlan(rank=rank))
+    assert words in fault
+    assert METHODS["lora"].faults(SPECS["matrix"], LayerPlan(rank=5)) == []
