@@ -33,11 +33,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # not allowed in a TOML comm
 _RULE = re.compile(r"^\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*/\s*(r|sqrt\(r\))\s*$")
 
 
-@lru_cache(maxsize=256)
-def _parsed(rule: str) -> re.Match[str] | None:
-    return _RULE.match(rule)
-
-
 def resolve_scale(rule: float | str, rank: int) -> float:
     """The one number that multiplies `b @ a`.
 
@@ -47,18 +42,31 @@ def resolve_scale(rule: float | str, rank: int) -> float:
     >>> resolve_scale("16/r", 8), resolve_scale("16/sqrt(r)", 16), resolve_scale(0.5, 8)
     (2.0, 4.0, 0.5)
     """
-    if isinstance(rule, int | float) and not isinstance(rule, bool):
-        value = float(rule)
-    else:
-        match = _parsed(rule) if isinstance(rule, str) else None
-        if match is None:
-            raise PlanError(f'scale {rule!r} is neither a number nor a rule; use 2.0, "16/r" or "16/sqrt(r)"')
-        if rank == 0:
-            return 1.0
-        value = float(match[1]) / (rank if match[2] == "r" else math.sqrt(rank))
+    if isinstance(rule, str):
+        return _by_rule(rule, rank)
+    if isinstance(rule, bool) or not isinstance(rule, int | float):
+        raise _no_scale(rule)
+    return _usable(float(rule), rule, rank)
+
+
+@lru_cache(maxsize=1024)
+def _by_rule(rule: str, rank: int) -> float:
+    match = _RULE.match(rule)
+    if match is None:
+        raise _no_scale(rule)
+    if rank == 0:
+        return 1.0
+    return _usable(float(match[1]) / (rank if match[2] == "r" else math.sqrt(rank)), rule, rank)
+
+
+def _usable(value: float, rule: float | str, rank: int) -> float:
     if not math.isfinite(value) or value == 0:
         raise PlanError(f"scale {rule!r} gives {value} at rank {rank}; it must be finite and not 0")
     return value
+
+
+def _no_scale(rule: object) -> PlanError:
+    return PlanError(f'scale {rule!r} is neither a number nor a rule; use 2.0, "16/r" or "16/sqrt(r)"')
 
 
 @dataclass(frozen=True, slots=True)

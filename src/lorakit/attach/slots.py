@@ -37,6 +37,22 @@ class Switch:
         self.nested: dict[str, bool] = {}  # nn.TransformerEncoder paths whose nested-tensor path was switched off
 
 
+_PLAIN = {name: value for name, value in nn.Module().__dict__.items() if not isinstance(value, dict | set)}
+_EMPTY = [(name, type(value)) for name, value in nn.Module().__dict__.items() if isinstance(value, dict | set)]
+
+
+def _begin(module: nn.Module, **own: Any) -> None:
+    """What `nn.Module.__init__` does, and our own attributes, written straight into `__dict__`.
+
+    Its checked `__setattr__`, attribute by attribute, would cost as much as all the rest of attaching.
+    """
+    state = module.__dict__
+    state.update(_PLAIN)
+    for name, kind in _EMPTY:
+        state[name] = kind()
+    state.update(own)
+
+
 class Factors(nn.Module):
     """The named tensors of one adapter on one layer. Frozen ones are buffers."""
 
@@ -50,10 +66,8 @@ class Factors(nn.Module):
     def __init__(
         self, method: Method, layer: AdaptedLayer, factors: Mapping[str, Tensor], trainable: bool, training: bool
     ) -> None:
-        super().__init__()
-        self.__dict__.update(
-            method=method, scale=layer.scale, rank=layer.rank, start=layer.start, cached=None, training=training
-        )  # straight: nn.Module's own __setattr__ costs more than all the rest of attaching
+        own = {"scale": layer.scale, "rank": layer.rank, "start": layer.start, "cached": None}
+        _begin(self, method=method, training=training, **own)
         for name, factor in factors.items():
             if name in method.frozen:
                 self._buffers[name] = factor
@@ -117,8 +131,7 @@ class Slot(nn.Module):
     added_by_lorakit = True
 
     def __init__(self, path: str, parameter: str, kind: Kind, drive: str, switch: Switch, owner: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner)
+        _begin(self, path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner)
 
     def active(self) -> list[Factors]:
         """Factors of the active adapters that reach this layer, in the order of activation."""

@@ -22,7 +22,7 @@ class Linear(Kind):
 
     def shapes(self, module: nn.Module, parameter: str) -> Shapes:
         o, i = module.out_features, module.in_features
-        return Shapes((o, i), (o, i), has_bias=module.bias is not None)  # type: ignore[arg-type]
+        return Shapes((o, i), (o, i), has_bias=module._parameters.get("bias") is not None)  # type: ignore[arg-type]
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight
