@@ -47,6 +47,7 @@ _MATRICES = frozenset({"linear", "hf_conv1d", "parameter"})
 _BARE_ROLES = frozenset({"experts", "recurrent", "qkv", "q", "k", "v", "up", "gate", "down"})  # in "all-linear"
 
 
+@lru_cache(maxsize=1 << 16)
 def role_of(path: str, kind: str) -> str:
     """What a layer does in its network, by its name."""
     if kind == "embedding":
@@ -60,6 +61,7 @@ def _role_by_name(tail: str) -> str:
     return next((role for pattern, role in _ROLES if re.search(pattern, tail, re.IGNORECASE)), "other")
 
 
+@lru_cache(maxsize=1 << 16)
 def block_of(path: str) -> int | None:
     """First number in the path: the index in the stack of layers."""
     match = _NUMBER.search(path)
@@ -250,11 +252,11 @@ def plan(
         for spec in inside:
             chosen[spec.path] = min(rule_rank, spec.max_rank) if clip_rank else rule_rank
     takes_rank = METHODS[method].takes_rank and STARTS[start] is not None  # unknown names end here, said once
-    entries = {
-        spec.path: LayerPlan(method, chosen[spec.path] if takes_rank else 0, scale, start if takes_rank else "")
-        for spec in specs
-        if spec.path in chosen
+    ready = {
+        rank: LayerPlan(method, rank if takes_rank else 0, scale, start if takes_rank else "")
+        for rank in set(chosen.values())
     }
+    entries = {spec.path: ready[chosen[spec.path]] for spec in specs if spec.path in chosen}
     faults += check_plan({spec.path: spec for spec in specs}, entries)
     if faults:
         raise PlanError(f"{type(model).__name__}: {listed(faults)}")

@@ -136,9 +136,13 @@ def method_named(name: str) -> Method:
 def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) -> list[str]:
     """All faults of a plan against the layers of a model."""
     faults: list[str] = []
+    good: set[tuple[object, ...]] = set()
     for path, plan in layers.items():
         spec = specs.get(path)
         if spec is None:
+            continue
+        alike = (plan, spec.kind, spec.shape, spec.matrix, spec.groups, spec.role, spec.called)
+        if alike in good:  # layers of a stack are alike: one answer for all
             continue
         if plan.method not in METHODS:
             faults.append(f"'{path}': unknown method '{plan.method}'{nearest(plan.method, METHODS.names())}")
@@ -152,6 +156,8 @@ def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) 
             else:
                 found += STARTS[plan.start].faults(spec, plan.rank)
         faults += found
+        if not found:
+            good.add(alike)
     return faults
 
 

@@ -32,7 +32,8 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     faults += check_plan({path: place.spec for path, place in places.items()}, plan.layers)
     if faults:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
-    layers = {path: _layer(place, plan.layers[path], _draws(seed, path)) for path, place in places.items()}
+    draw = torch.Generator()
+    layers = {path: _layer(place, plan.layers[path], _seeded(draw, seed, path)) for path, place in places.items()}
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
@@ -45,13 +46,16 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
 
 def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> AdaptedLayer:
     method, spec = METHODS[entry.method], place.spec
-    factors = method.init(spec, entry, lambda: place.kind.canonical(place.module, place.weight.detach()), generator)
+    weight = place.weight
+    factors = method.init(spec, entry, lambda: place.kind.canonical(place.module, weight.detach()), generator)
+    if weight.device.type != "cpu":
+        factors = {name: factor.to(weight.device) for name, factor in factors.items()}
     ranked = method.takes_rank
     return AdaptedLayer(
         entry.method,
         spec.kind,
         spec.shape,
-        {name: factor.to(place.weight.device) for name, factor in factors.items()},
+        factors,
         entry.rank if ranked else 0,
         entry.scale_value if ranked else 1.0,
         entry.start if ranked else "",
@@ -66,6 +70,6 @@ def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     return fingerprint((path, place.weight) for path, place in places if place is not None)
 
 
-def _draws(seed: int, path: str) -> torch.Generator:
+def _seeded(generator: torch.Generator, seed: int, path: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator.manual_seed(int.from_bytes(digest, "big") >> 1)
