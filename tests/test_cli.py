@@ -217,8 +217,11 @@ def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(import_module("lorakit.fit.run"), "train", stop)
     code, _, err = told(capsys, *fit_words(place, tmp_path / "run"))
-    assert code == 130
-    assert "interrupted" in err
+    assert code == 1
+    assert "interrupted; no checkpoint was written yet" in err
+    monkeypatch.setattr(import_module("lorakit.cli.doctor"), "run", stop)
+    code, _, err = told(capsys, "doctor")
+    assert (code, err) == (130, "lorakit: interrupted\n")
 
 
 def test_help_does_not_import_torch_and_is_quick():

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -234,6 +236,7 @@ def test_a_rename_that_fails_leaves_the_old_directory(
             raise OSError(5, "Input/output error")
         rename(source, target)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(import_module("lorakit.files"), "_exchange", lambda new, old: False)  # as on another system
     monkeypatch.setattr(os, "rename", fail_once)
     with pytest.raises(LorakitError, match=r"cannot write '.*adapter': Input/output error; nothing was changed there"):
         replace_it(place)
@@ -250,8 +253,21 @@ def test_when_even_putting_back_fails_the_old_directory_is_kept_and_named(
             raise OSError(5, "Input/output error")
         rename(source, target)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(import_module("lorakit.files"), "_exchange", lambda new, old: False)
     monkeypatch.setattr(os, "rename", fail_from_the_second_on)
     with pytest.raises(LorakitError, match=r"what stood there is kept as '.*content'") as caught:
         replace_it(place)
     kept = Path(str(caught.value).split("kept as '")[1].rstrip("'"))
     assert tree(kept) == {"weights": b"old", "notes": b"old notes"}
+
+
+def test_two_directories_change_places_in_one_step_where_the_system_can(tmp_path: Path) -> None:
+    """Linux has renameat2; elsewhere two renames do it, and the tests above simulate that."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    done = import_module("lorakit.files")._exchange(new, old)
+    assert done == (sys.platform == "linux")
+    assert (old / "name").read_text() == ("new" if done else "old")
+    assert not import_module("lorakit.files")._exchange(tmp_path / "absent", old)

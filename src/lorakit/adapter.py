@@ -51,8 +51,13 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def _sample(weight: Tensor) -> Tensor:
     """Evenly spaced numbers, float32, on the CPU."""
-    step = max(1, weight.numel() // _SAMPLES)
-    numbers = weight.reshape(-1)[: step * _SAMPLES : step]
+    n_all = weight.numel()
+    step = max(1, n_all // _SAMPLES)
+    if weight.is_contiguous() and type(weight.data) is Tensor:
+        count = min(_SAMPLES, -(-n_all // step))
+        numbers = torch.as_strided(weight, (count,), (step,), weight.storage_offset())  # one call instead of two
+    else:
+        numbers = weight.reshape(-1)[: step * _SAMPLES : step]
     plain = numbers.dtype == torch.float32 and numbers.device.type == "cpu"
     return numbers if plain else numbers.to("cpu", torch.float32)
 

@@ -183,13 +183,15 @@ def _cannot(drive: str | None, found: Found, owner: nn.Module) -> list[str]:
     """Why a demanded drive is impossible here, and what attach would do if it were not stopped."""
     path, module = found.spec.path, found.module
     faults: list[str] = []
+    child = module._modules.get(slot_name(found.parameter))
+    if drive is None and child is None:
+        return faults
     if drive in ("hook", "fused") and (owner is not module or found.kind.name == "parameter"):
         faults.append(f"the weight of '{path}' is read without calling a layer, which drive='{drive}' would never see")
     elif drive == "fused" and not (found.kind.fusable and found.kind.plain(module)):
         faults.append(f"'{path}' ({type(module).__name__}, kind {found.kind.name}) has no fused forward")
     elif drive == "hook" and not found.kind.plain(module):
         faults.append(f"'{path}' is a {type(module).__name__}, whose own forward drive='hook' would not follow")
-    child = module._modules.get(slot_name(found.parameter))
     if isinstance(child, Slot):
         if drive not in (None, child.drive):
             faults.append(f"'{path}' has an adapter under drive='{child.drive}' already, and all take the same")

@@ -18,7 +18,7 @@ from lorakit.errors import AttachError, listed
 from lorakit.kinds.parameter import bias_name
 from lorakit.update import Update
 
-_BLOCK_NUMBERS = 1 << 20  # numbers of W per block: 4 MB in float32, about the second-level cache
+_BLOCK_NUMBERS = 1 << 19  # numbers of W per block: 2 MB in float32, which stays in a second-level cache
 
 
 def merge(model: nn.Module, *, keep: bool = False, tied: bool = False) -> None:
@@ -151,14 +151,30 @@ def _write_layer(module: nn.Module, parameter: str, slot: Slot, kept: _Originals
 
 def add_in_place(weight: Tensor, updates: list[Update]) -> None:
     """Writes the updated canonical weight over `weight` (.., o, i), a view of the stored one."""
-    if len(updates) == 1 and updates[0].is_pair and weight.ndim == 2 and weight.dtype in (torch.float32, torch.float64):
-        update = updates[0]
-        assert update.a is not None and update.b is not None
-        weight.addmm_(update.b.to(weight.dtype), update.a.to(weight.dtype), alpha=update.scale)
+    if weight.ndim == 2 and all(update.is_pair for update in updates):
+        _add_pairs(weight, updates)
         return
     for block, rows in _blocks(weight):
         wide = block.float() if block.dtype in (torch.bfloat16, torch.float16) else block
         block.copy_(summed(wide, [_rows(update, rows) for update in updates]))
+
+
+def _add_pairs(weight: Tensor, updates: list[Update]) -> None:
+    pairs = [(update.a, update.b, update.scale) for update in updates if update.a is not None and update.b is not None]
+    compute = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    ready = [(a.to(compute), b.to(compute), scale) for a, b, scale in pairs]
+    if compute == weight.dtype:
+        for a, b, scale in ready:
+            weight.addmm_(b, a, alpha=scale)
+        return
+    wide: Tensor | None = None  # one block in float32, used again for every block
+    for block, rows in _blocks(weight):
+        if wide is None or wide.shape != block.shape:
+            wide = torch.empty(block.shape, dtype=compute, device=block.device)
+        wide.copy_(block)
+        for a, b, scale in ready:
+            wide.addmm_(b[rows], a, alpha=scale)
+        block.copy_(wide)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[Tensor, slice]]:

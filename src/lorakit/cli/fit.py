@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
-    from lorakit.errors import UsageError
+    from lorakit.errors import FitError, UsageError
     from lorakit.fit.run import fit
     from lorakit.plan import Plan
     from lorakit.tasks.base import load_base
@@ -71,17 +71,23 @@ def run(args: argparse.Namespace) -> Reply:
     )
     say(f"{len(data.labels)} labels; first row: {data.train.texts[0][:70]!r} -> {(data.train.labels or ('',))[0]}")
     plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model)
-    result = fit(
-        base,
-        data,
-        args.task,
-        plan=plan,
-        out=Path(args.out),
-        resume=args.resume,
-        overwrite=args.overwrite,
-        watch=_Watch(),
-        **settings,
-    )
+    out = Path(args.out)
+    try:
+        result = fit(
+            base,
+            data,
+            args.task,
+            plan=plan,
+            out=out,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            watch=_Watch(),
+            **settings,
+        )
+    except KeyboardInterrupt:
+        kept = (out / "checkpoint").is_dir()
+        way = "the same command with --resume goes on from its last checkpoint" if kept else "no checkpoint was written yet"
+        raise FitError(f"interrupted; {way} ('{out}')") from None
     return Reply(_report(result.summary, args.out), {**result.summary, "out": args.out})
 
 

@@ -48,8 +48,7 @@ class Dora(Method):
         a, b = whole_pair(factors)
         magnitude = factors["magnitude"]
         with torch.no_grad():
-            wide = weight().to(a.dtype)
-            length = row_norms(wide, b, a, scale)
+            length = row_norms(weight(), b, a, scale)
             length = torch.where(length > 0, length, torch.ones_like(length))
         bias = factors.get("bias")
         return Update(a=a, b=b, scale=scale, gain=magnitude / length, bias=None if bias is None else scale * bias)
