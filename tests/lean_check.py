@@ -1,4 +1,4 @@
-"""The installed wheel in an environment with hard dependencies only: what needs no extra works, the rest says what it needs.
+"""The installed wheel in an environment with hard dependencies only: what needs an extra says so, the rest works.
 
 Run by `make lean` with the Python of that environment; not a pytest file, because pytest is not there.
 """

@@ -1,4 +1,4 @@
-"""The fit: it learns, it repeats itself, it goes on after a kill as if nothing had happened, it leaves the base alone."""
+"""The fit: it learns, repeats itself, goes on after a kill as if nothing had happened, and leaves the base alone."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0, abs=1e-12)
-    assert all(x >= y for x, y in zip(rates[10:], rates[11:]))
+    assert all(x >= y for x, y in pairwise(rates[10:]))
 
 
 def test_settings_name_every_fault():

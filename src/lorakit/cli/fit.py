@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> Reply:
         )
     except KeyboardInterrupt:
         kept = (out / "checkpoint").is_dir()
-        way = "the same command with --resume goes on from its last checkpoint" if kept else "no checkpoint was written yet"
+        way = "the same command with --resume goes on from its checkpoint" if kept else "no checkpoint was written yet"
         raise FitError(f"interrupted; {way} ('{out}')") from None
     return Reply(_report(result.summary, args.out), {**result.summary, "out": args.out})
 
