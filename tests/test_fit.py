@@ -123,6 +123,16 @@ def test_biases_and_an_unfrozen_base_are_carried_by_the_adapter(place, base, dat
     assert lk.evaluate(place / "wide", data.test).metrics == result.metrics
 
 
+def test_the_whole_base_can_learn_beside_its_low_rank_updates(place, base, data):
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    plan = lk.plan(base.model, rank=2, trained=("*",))
+    result = lk.fit(base, data, plan=plan, out=place / "all", **{**QUICK, "learning_rate": 2e-3})
+    moved = [n for n, tensor in result.adapter.trained.items() if n in before and not torch.equal(tensor, before[n])]
+    assert {"embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight"} <= set(moved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    assert lk.evaluate(place / "all", data.test).metrics == result.metrics
+
+
 def test_freezing_by_blocks_trains_only_the_others(base, data):
     plan = lk.plan(base.model, rank=2, blocks="last 1")
     result = lk.fit(base, data, plan=plan, **{**QUICK, "epochs": 1})
