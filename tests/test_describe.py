@@ -9,9 +9,10 @@ from torch.nn.utils import prune
 
 import lorakit as lk
 import tiny
-from lorakit.describe import describe, locate, plan, resolve_trained
+from lorakit.describe import describe, locate
 from lorakit.errors import PlanError, UsageError
 from lorakit.plan import LayerPlan, Plan
+from lorakit.rules import plan, resolve_trained
 from lorakit.update import LayerSpec
 
 

@@ -25,6 +25,7 @@ ROOMS = {
     "kinds": 3,
     "algebra": 4,
     "describe": 5,
+    "rules": 5.5,  # reads what describe says
     "attach": 6,
     "tasks": 7,
     "data": 7,

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lorakit.attach import probe as probe  # type: ignore[no-redef]
     from lorakit.attach import unmerge as unmerge
     from lorakit.describe import describe as describe
-    from lorakit.describe import plan as plan
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.fit import evaluate as evaluate
     from lorakit.fit import fit as fit
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.inspect import inspect as inspect
     from lorakit.method import Method as Method
     from lorakit.plan import Plan as Plan
+    from lorakit.rules import plan as plan
     from lorakit.update import Update as Update
 
 _HOMES = {
@@ -57,7 +57,7 @@ _HOMES = {
     "inspect": "inspect",
     "load": "adapter",
     "merge": "attach",
-    "plan": "describe",
+    "plan": "rules",
     "predict": "fit",
     "probe": "attach",
     "truncate": "algebra.truncate",

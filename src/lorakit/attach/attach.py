@@ -1,14 +1,15 @@
 """The one door: attach adapters to a model, and take them away again without a trace."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter, fingerprint, same_base
+from lorakit.adapter import Adapter
 from lorakit.attach.drives import add_shadow, drop_shadow, install, remove
 from lorakit.attach.fresh import fresh
+from lorakit.attach.places import DRIVES, Modules, Place, check_base_of, inside_torch_layers, places_of, stand_ins_of
 from lorakit.attach.slots import (
     Factors,
     Slot,
@@ -23,13 +24,12 @@ from lorakit.attach.slots import (
     slots_of,
     stand_in,
 )
-from lorakit.describe import Found, is_added, locate, owner_of, parent_of, resolve_trained, walk
-from lorakit.errors import AdapterError, AttachError, BaseMismatchError, UsageError, listed, nearest
+from lorakit.describe import locate, owner_of, walk
+from lorakit.errors import AttachError, UsageError, nearest
 from lorakit.method import METHODS
 from lorakit.plan import Plan
-from lorakit.update import AdaptedLayer, LayerSpec
+from lorakit.rules import resolve_trained
 
-DRIVES = ("hook", "fused", "weight")
 _RESERVED = {
     "training",
     "path",
@@ -42,16 +42,6 @@ _RESERVED = {
     *dir(Slot),
     *dir(Trained),
 }
-
-
-class _Place(NamedTuple):
-    """Where one layer of an adapter goes."""
-
-    path: str
-    owner: nn.Module
-    found: Found
-    drive: str
-    layer: AdaptedLayer
 
 
 def attach(
@@ -92,10 +82,10 @@ def attach(
     learn = isinstance(what, Plan) if trainable is None else trainable
     modules = list(walk(model))
     own = isinstance(what, Plan)  # fresh factors fit by construction, and nobody else holds them
-    places = _places(model, adapter, found, _inside_torch_layers(modules), drive, own)
-    stand_ins = _stand_ins(model, adapter)
+    places = places_of(model, adapter, found, inside_torch_layers(modules), drive, own)
+    stand_ins = stand_ins_of(model, adapter)
     if check_base and isinstance(what, Adapter):
-        _check_base(model, adapter, places)
+        check_base_of(model, adapter, places)
     switch = make_switch(model)
     refuse_merged(switch)
     if learn:
@@ -118,143 +108,6 @@ def _check_name(home: nn.Module | None, name: str) -> None:
         raise AttachError(f"an adapter named '{name}' is attached already; choose another name, or detach it first")
 
 
-def _places(
-    model: nn.Module,
-    adapter: Adapter,
-    located: Mapping[str, Found | None],
-    inside_torch: set[int],
-    drive: str | None,
-    own: bool,
-) -> list[_Place]:
-    """Where every layer goes, after every check that needs no change."""
-    places: list[_Place] = []
-    faults: list[str] = []
-    n_absent = 0
-    for path, layer in adapter.layers.items():
-        found = located[path]
-        if found is None:
-            n_absent += 1
-            faults.append(f"the model has no layer '{path}' that can be adapted")
-            continue
-        host = path.rpartition(".")[0] if found.kind.name == "parameter" else path
-        owner = owner_of(model, found.module, host)
-        if drive == "weight" and owner is found.module and found.kind.name != "parameter":
-            owner = parent_of(model, path)  # whoever demands this drive says that the weight is read from outside
-        wrong = ([] if own else _misfits(layer, found.spec)) + _cannot(drive, found, owner)
-        if wrong:
-            faults += wrong
-            continue
-        places.append(_Place(path, owner, found, drive or _drive(found, owner, inside_torch), layer))
-    if adapter.layers and n_absent == len(adapter.layers):
-        raise AdapterError(
-            f"none of the adapter's {len(adapter.layers)} layers is in this {type(model).__name__}, "
-            f"e.g. '{next(iter(adapter.layers))}'; it was made for {adapter.base_name or 'another architecture'}"
-        )
-    if faults:
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}: {listed(faults)}")
-    return places
-
-
-def _misfits(layer: AdaptedLayer, spec: LayerSpec) -> list[str]:
-    """Why a layer of the adapter cannot go here."""
-    families = {"linear", "hf_conv1d"}
-    if layer.kind != spec.kind and not {layer.kind, spec.kind} <= families and layer.kind != "":
-        return [f"'{spec.path}' is of kind {spec.kind}; the adapter has {layer.kind} there"]
-    method = METHODS[layer.method]
-    wanted = method.expected(spec, layer)
-    faults = [f"'{spec.path}' lacks factor '{name}'" for name in wanted if name not in layer.factors]
-    if ("a0" in layer.factors) != ("b0" in layer.factors):
-        faults.append(f"'{spec.path}' has only one of the factors 'a0' and 'b0'")
-    known = {**wanted, **method.optional_shapes(spec, layer.rank)}
-    faults += [
-        f"'{spec.path}' has a factor '{name}' that method '{layer.method}' does not know{nearest(name, known)}"
-        for name in layer.factors
-        if name not in known
-    ]
-    for name, shape in known.items():
-        factor = layer.factors.get(name)
-        if factor is not None and tuple(factor.shape) != shape:
-            o, i = spec.matrix
-            faults.append(f"'{spec.path}' ({o} x {i}): factor '{name}' is {tuple(factor.shape)}; it must be {shape}")
-    return faults
-
-
-def _cannot(drive: str | None, found: Found, owner: nn.Module) -> list[str]:
-    """Why a demanded drive is impossible here, and what attach would do if it were not stopped."""
-    path, module = found.spec.path, found.module
-    faults: list[str] = []
-    child = module._modules.get(slot_name(found.parameter))
-    if drive is None and child is None:
-        return faults
-    if drive in ("hook", "fused") and (owner is not module or found.kind.name == "parameter"):
-        faults.append(f"the weight of '{path}' is read without calling a layer, which drive='{drive}' would never see")
-    elif drive == "fused" and not (found.kind.fusable and found.kind.plain(module)):
-        faults.append(f"'{path}' ({type(module).__name__}, kind {found.kind.name}) has no fused forward")
-    elif drive == "hook" and not found.kind.plain(module):
-        faults.append(f"'{path}' is a {type(module).__name__}, whose own forward drive='hook' would not follow")
-    if isinstance(child, Slot):
-        if drive not in (None, child.drive):
-            faults.append(f"'{path}' has an adapter under drive='{child.drive}' already, and all take the same")
-    elif drive == "fused" and "forward" in module.__dict__:
-        faults.append(f"'{path}' has a forward of its own on the instance already; drive='fused' would lose it")
-    if child is not None and not is_added(child):
-        faults.append(f"'{path}' has a child '{slot_name(found.parameter)}' of its own, which attach would replace")
-    return faults
-
-
-def _drive(found: Found, owner: nn.Module, inside_torch: set[int]) -> str:
-    module = found.module
-    if owner is not module or not found.kind.plain(module):
-        return "weight"
-    if not found.kind.fusable or "forward" in module.__dict__ or id(module) in inside_torch:
-        return "hook"
-    return "fused"
-
-
-Modules = Iterable[tuple[str, nn.Module]]
-
-
-def _inside_torch_layers(modules: Modules) -> set[int]:
-    """torch's own transformer layers look for hooks before they take a fast path past the forward of their layers."""
-    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return {id(inner) for _, outer in modules if isinstance(outer, kinds) for inner in outer.modules()}
-
-
-def _stand_ins(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Holder and owner of every fully trained parameter."""
-    if not adapter.trained:
-        return {}
-    faults: list[str] = []
-    found: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for name, tensor in adapter.trained.items():
-        host, _, leaf = name.rpartition(".")
-        try:
-            holder = model.get_submodule(host)
-        except AttributeError:
-            faults.append(f"the model has no module '{host}', and the adapter trains '{name}' fully; add it first")
-            continue
-        parameter = holder._parameters.get(leaf)
-        if parameter is None:
-            faults.append(f"'{host}' has no parameter '{leaf}', and the adapter trains it fully")
-        elif parameter.shape != tensor.shape:
-            faults.append(f"'{name}' is {tuple(parameter.shape)} in the model and {tuple(tensor.shape)} in the adapter")
-        else:
-            found[name] = (holder, owner_of(model, holder, host))
-    if faults:
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}: {listed(faults)}")
-    return found
-
-
-def _check_base(model: nn.Module, adapter: Adapter, places: Iterable[_Place]) -> None:
-    wanted = adapter.base_fingerprint
-    if wanted and not same_base(wanted, fingerprint((place.path, place.found.weight) for place in places)):
-        raise BaseMismatchError(
-            f"this adapter was made for other weights than this {type(model).__name__} has"
-            f"{f' (it was made on {adapter.base_name!r})' if adapter.base_name else ''}; load that base, "
-            "or pass check_base=False if the difference is meant (e.g. a quantized base)"
-        )
-
-
 def _freeze(modules: Modules, switch: Switch) -> None:
     if switch.frozen is not None:
         return
@@ -266,7 +119,7 @@ def _freeze(modules: Modules, switch: Switch) -> None:
                 parameter.requires_grad_(False)
 
 
-def _put_layer(place: _Place, name: str, switch: Switch, learn: bool, own: bool) -> None:
+def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool) -> None:
     module, parameter = place.found.module, place.found.parameter
     child = slot_name(parameter)
     slot = module._modules.get(child)
@@ -379,5 +232,5 @@ def unfreeze(model: nn.Module, name: str, trained: tuple[str, ...]) -> None:
         raise AttachError(f"no adapter named '{name}' is attached{nearest(name, switch.names)}")
     parameters = resolve_trained(model, trained)
     adapter = Adapter({}, {key: p.detach() for key, p in parameters.items() if key not in switch.trained[name]})
-    _put_trained(model, _stand_ins(model, adapter), name, adapter, True)
+    _put_trained(model, stand_ins_of(model, adapter), name, adapter, True)
     switch.trained[name] = (*switch.trained[name], *adapter.trained)

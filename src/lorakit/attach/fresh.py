@@ -8,10 +8,11 @@ from torch import nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter, fingerprint
-from lorakit.describe import Found, locate, resolve_trained, walk
+from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
 from lorakit.method import METHODS, check_plan
 from lorakit.plan import LayerPlan, Plan
+from lorakit.rules import resolve_trained
 from lorakit.update import AdaptedLayer
 
 

@@ -30,8 +30,8 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_from(args: argparse.Namespace, model: Any) -> Any:
     """The plan that the flags describe."""
-    from lorakit.describe import plan
     from lorakit.errors import UsageError
+    from lorakit.rules import plan
 
     rules: dict[str, int] = {}
     for rule in args.layers or ["all-linear"]:

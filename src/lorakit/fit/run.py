@@ -21,7 +21,6 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import tokenize
-from lorakit.describe import plan as make_plan
 from lorakit.errors import FitError, MissingExtraError, UsageError, nearest
 from lorakit.files import write_json, write_text
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
@@ -29,6 +28,7 @@ from lorakit.fit.curve import draw_curve
 from lorakit.fit.loop import Record, State, evaluate_tokens, load_tensors, make_optimizer, total_steps, train
 from lorakit.fit.settings import make_settings
 from lorakit.plan import Plan
+from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.classify import HEAD, Classify
 
