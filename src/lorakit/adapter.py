@@ -29,6 +29,7 @@ from lorakit.update import AdaptedLayer, same_tensor
 FORMAT = 1
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lorakit.json"
 _SAMPLES = 256  # numbers taken from each weight for the fingerprint
+_SERIAL = 1 << 14  # numbers that torch converts without waking its threads, which can take longer than the work
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -44,8 +45,9 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     if named:
         with torch.no_grad():
             samples = torch.cat([_sample(weight) for _, weight in named])
-        for digest, rounded in ((direct, samples), (by_half, samples.to(torch.float16))):
-            digest.update(rounded.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        for part in samples.split(_SERIAL):
+            for digest, rounded in ((direct, part), (by_half, part.to(torch.float16))):
+                digest.update(rounded.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return f"{direct.hexdigest()[:32]}.{by_half.hexdigest()[:32]}"
 
 
