@@ -310,3 +310,15 @@ def test_meta_tells_base_seed_and_version(tmp_path: Path) -> None:
     assert adapter.with_meta(base_name="mine").base_name == "mine"
     adapter.with_meta(base_name="mine").save(tmp_path)
     assert lk.load(tmp_path).base_name == "mine"
+
+
+def test_one_changed_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    lk.attach(model, lk.plan(model, rank=2))
+    lk.collect(model).save(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AdapterError, match="not those that were saved; the file is damaged"):
+        lk.load(tmp_path / "a")

@@ -119,6 +119,9 @@ def test_predict_evaluate_inspect_truncate_convert_merge(place, capsys, tmp_path
     code, _, err = told(capsys, "merge", run, "--out", tmp_path / "merged")
     assert code == 0, err
     assert (tmp_path / "merged" / "lorakit_task.json").is_file()
+    code, out, err = told(capsys, "evaluate", tmp_path / "merged", place / "data.csv", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["accuracy"] == accuracy
     assert told(capsys, "merge", run, "--out", tmp_path / "merged")[0] == 2
 
 
@@ -140,7 +143,7 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
     task.prepare(base.model)
     lk.attach(base.model, adapter)
     plain = AutoModel.from_pretrained(tmp_path / "m").eval()
-    head = load_file(tmp_path / "m" / "model.safetensors")
+    head = load_file(tmp_path / "m" / "lorakit_head.safetensors")
     with torch.no_grad():
         expected = task.logits(base.model, batch)
         hidden = plain(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
@@ -217,7 +220,7 @@ def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(import_module("lorakit.fit.run"), "train", stop)
     code, _, err = told(capsys, *fit_words(place, tmp_path / "run"))
-    assert code == 1
+    assert code == 130
     assert "interrupted; no checkpoint was written yet" in err
     monkeypatch.setattr(import_module("lorakit.cli.doctor"), "run", stop)
     code, _, err = told(capsys, "doctor")

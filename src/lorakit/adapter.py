@@ -45,7 +45,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     if named:
         with torch.no_grad():
             samples = torch.cat([_sample(weight) for _, weight in named])
-        for part in samples.split(_SERIAL):
+        for part in torch.split(samples, _SERIAL):
             for digest, rounded in ((direct, part), (by_half, part.to(torch.float16))):
                 digest.update(rounded.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return f"{direct.hexdigest()[:32]}.{by_half.hexdigest()[:32]}"
@@ -148,7 +148,7 @@ class Adapter:
         """Writes the directory, whole or not at all; other files in it are kept."""
         if not self.layers and not self.trained:
             raise AdapterError(f"an adapter without layers is not written to '{path}'")
-        _refuse_broken(self, str(path))
+        refuse_broken(self, str(path))
         encoded = peft_format.encode(self.layers, self.trained, self.base_name, self.meta.get("peft"))
         tensors = encoded[0] if encoded else _native(self.layers, self.trained)
         notes = {
@@ -158,6 +158,7 @@ class Adapter:
             "why_native": "" if encoded else peft_format.why_no_twin(self.layers, self.trained),
             "layers": {path: _note(layer) for path, layer in self.layers.items()},
             "trained": sorted(self.trained),
+            "digest": _digest(tensors),
             "meta": dict(self.meta),
         }
         # an older configuration would make peft misread tensors that it has no names for
@@ -191,7 +192,7 @@ def load(path: str | Path) -> Adapter:
         adapter = Adapter(layers, trained, meta)
     else:
         raise AdapterError(f"'{path}' holds neither {NOTES} nor {CONFIG}; without one the scale is unknown")
-    _refuse_broken(adapter, str(path))
+    refuse_broken(adapter, str(path))
     return adapter
 
 
@@ -216,12 +217,23 @@ def _note(layer: AdaptedLayer) -> dict[str, Any]:
     }
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of every bit of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _native(layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     factors = {f"{path}:{name}": t for path, layer in layers.items() for name, t in layer.factors.items()}
     return {**factors, **{f"{name}:trained": tensor for name, tensor in trained.items()}}
 
 
-def _refuse_broken(adapter: Adapter, place: str) -> None:
+def refuse_broken(adapter: Adapter, place: str) -> None:
+    """AdapterError that names every tensor with NaN or infinite numbers."""
     factors = [t for layer in adapter.layers.values() for t in layer.factors.values()]
     floating = [t for t in (*factors, *adapter.trained.values()) if t.is_floating_point() and t.numel()]
     scales = [layer.scale for layer in adapter.layers.values()]
@@ -246,8 +258,14 @@ def _from_notes(path: Path, tensors: dict[str, Tensor]) -> Adapter:
             f"'{path / NOTES}' and '{WEIGHTS}' do not belong together (one of them was replaced or edited); "
             f"restore both, or delete {NOTES} to read the directory as a plain PEFT adapter"
         )
+    if notes.get("digest") != _digest(tensors):
+        raise AdapterError(
+            f"the tensors in '{path / WEIGHTS}' are not those that were saved; the file is damaged: restore it"
+        )
     rebuild = _from_peft_names if notes["names"] == "peft" else _from_native_names
     layers, trained = rebuild(tensors, notes, path)
+    if notes.get("digest") != _digest(tensors):
+        raise AdapterError(f"the tensors in '{path / WEIGHTS}' are not those that were saved; the file is damaged")
     return Adapter(layers, trained, notes["meta"])
 
 

@@ -9,6 +9,7 @@ LorakitError
 │   └── NoEffectError     an attached update never ran
 ├── DataError             training or prediction data that cannot be used
 ├── FitError              training that cannot go on (diverged, nothing to train, not resumable)
+│   └── StoppedError       stopped by the user (exit code 130)
 └── MissingExtraError     an optional library is not installed (also an ImportError)
 
 A message states the fact, the place, the numbers and the way out, in one sentence where it fits in one.
@@ -52,6 +53,10 @@ class DataError(LorakitError, ValueError):
 
 class FitError(LorakitError, RuntimeError):
     """Training that cannot go on."""
+
+
+class StoppedError(FitError):
+    """Training that the user stopped."""
 
 
 class MissingExtraError(LorakitError, ImportError):

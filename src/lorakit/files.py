@@ -142,8 +142,9 @@ def replaced_directory(path: Path, drop: Collection[str] = ()) -> Iterator[Path]
                 os.rename(old / "content", path)
             except OSError:
                 raise LorakitError(f"cannot write '{path}'; what stood there is kept as '{old / 'content'}'") from error
-        if isinstance(error, OSError):
-            raise LorakitError(f"cannot write '{path}': {error.strerror or error}; nothing was changed there") from None
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise LorakitError(f"cannot write '{path}': {reason}; nothing was changed there") from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -69,7 +69,7 @@ class Method(ABC):
         if not self.takes_rank:
             return []
         o, i = spec.matrix
-        if not isinstance(plan.rank, int) or plan.rank < 1:
+        if not isinstance(plan.rank, int) or isinstance(plan.rank, bool) or plan.rank < 1:
             return [
                 f"rank {plan.rank} at '{spec.path}'; use a whole number, 1 or more, or take the layer out of the plan"
             ]

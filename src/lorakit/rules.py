@@ -7,7 +7,7 @@ from functools import lru_cache
 from torch import nn
 
 from lorakit.describe import describe, locate, walk
-from lorakit.errors import PlanError, listed, nearest
+from lorakit.errors import PlanError, UsageError, listed, nearest
 from lorakit.kinds.parameter import bias_name
 from lorakit.method import METHODS, STARTS, check_plan
 from lorakit.plan import LayerPlan, Plan
@@ -49,6 +49,8 @@ def plan(
 
     Raises PlanError: unknown pattern, nothing matched, rank above a side; all faults at once.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"plan takes a torch module, not {type(model).__name__}")
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
     ranks = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, rank)
@@ -111,8 +113,12 @@ def _pattern(rule: str) -> re.Pattern[str]:
 def _no_match(rule: str, specs: Sequence[LayerSpec]) -> str:
     if not specs:
         return "the model has no layer that can be adapted"
-    known = {"all", "all-linear", "all-conv", *GROUPS, *(spec.role for spec in specs)}
+    if rule == "all-linear":
+        kinds = ", ".join(sorted({spec.kind for spec in specs}))
+        return f"the model has no matrix but its head; its {len(specs)} layers are of kind {kinds}: use layers='all'"
+    known = {"all", "all-conv", *GROUPS, *(spec.role for spec in specs)}
     known |= {spec.path.rpartition(".")[2] for spec in specs}
+    known.discard(rule)
     return f"'{rule}' matches none of the {len(specs)} layers{nearest(rule, known)}"
 
 

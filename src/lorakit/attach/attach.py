@@ -71,6 +71,8 @@ def attach(
     home = find_home(model)
     model = home or model
     _check_name(home, name)
+    if home is not None:
+        refuse_merged(make_switch(home))
     if drive is not None and drive not in DRIVES:
         raise UsageError(f"unknown drive '{drive}'{nearest(drive, DRIVES)}")
     if not isinstance(what, Plan | Adapter):
@@ -87,7 +89,6 @@ def attach(
     if check_base and isinstance(what, Adapter):
         check_base_of(model, adapter, places)
     switch = make_switch(model)
-    refuse_merged(switch)
     if learn:
         _freeze(modules, switch)
     for place in places:

@@ -158,5 +158,5 @@ def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -
         raise BaseMismatchError(
             f"this adapter was made for other weights than this {type(model).__name__} has"
             f"{f' (it was made on {adapter.base_name!r})' if adapter.base_name else ''}; load that base, "
-            "or pass check_base=False if the difference is meant (e.g. a quantized base)"
+            "or (Python) pass check_base=False if the difference is meant (e.g. a quantized base)"
         )

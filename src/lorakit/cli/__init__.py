@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from lorakit._version import __version__
-from lorakit.errors import LorakitError, UsageError, nearest
+from lorakit.errors import LorakitError, StoppedError, UsageError, nearest
 
 VERBS = {
     "plan": "turn rules into a plan: which layer gets which method, rank and start",
@@ -95,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 130 if isinstance(error, StoppedError) else 1

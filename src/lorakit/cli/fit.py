@@ -53,12 +53,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
-    from lorakit.errors import FitError, UsageError
-    from lorakit.fit.run import fit
+    from lorakit.errors import StoppedError, UsageError
+    from lorakit.fit.run import claim, fit
+    from lorakit.fit.settings import make_settings
     from lorakit.plan import Plan
     from lorakit.tasks.base import load_base
 
     settings = _settings(args)
+    make_settings(settings)
+    if not args.out:
+        raise UsageError("--out is empty; name a directory for the run")
+    claim(Path(args.out), args.resume, args.overwrite)
+    if args.text and args.text == args.label:
+        raise UsageError(f"--text and --label are both '{args.text}'; the label needs a column of its own")
     data = load_splits(
         args.data, valid=args.valid, test=args.test, text=args.text, label=args.label, seed=settings.get("seed", 0)
     )
@@ -69,6 +76,9 @@ def run(args: argparse.Namespace) -> Reply:
         f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
         f"{len(data.test)} to report on"
     )
+    n_leaks = len(set(data.train.texts) & {*data.valid.texts, *data.test.texts})
+    if n_leaks:
+        say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the accuracy")
     say(f"{len(data.labels)} labels; first row: {data.train.texts[0][:70]!r} -> {(data.train.labels or ('',))[0]}")
     plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model)
     out = Path(args.out)
@@ -87,7 +97,7 @@ def run(args: argparse.Namespace) -> Reply:
     except KeyboardInterrupt:
         kept = (out / "checkpoint").is_dir()
         way = "the same command with --resume goes on from its checkpoint" if kept else "no checkpoint was written yet"
-        raise FitError(f"interrupted; {way} ('{out}')") from None
+        raise StoppedError(f"interrupted; {way} ('{out}')") from None
     return Reply(_report(result.summary, args.out), {**result.summary, "out": args.out})
 
 
@@ -125,6 +135,7 @@ class _Watch:
 
 def _report(summary: dict[str, Any], out: str) -> str:
     before, after = summary["before"], summary["test"]
+    program = sys.argv[0] if Path(sys.argv[0]).name == "lorakit" else "lorakit"
     own, whole = summary["adapter_bytes"], summary["base_bytes"]
     return "\n".join(
         [
@@ -134,7 +145,9 @@ def _report(summary: dict[str, Any], out: str) -> str:
             f"adapter            {size(own)}, {own / whole:.1%} of the base's {size(whole)}",
             f"training           {summary['steps']} steps in {summary['train_s']:.0f} s, "
             f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads; {summary['total_s']:.0f} s in all",
+            f"kept               epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
+            f"{'; stopped early, no better one came' if summary['stopped_early'] else ''}",
             f"run directory      {out}",
-            f"next               lorakit predict {out} --say 'my parcel never came'  |  lorakit inspect {out}",
+            f"next               {program} predict {out} --say 'my parcel never came'  |  {program} inspect {out}",
         ]
     )

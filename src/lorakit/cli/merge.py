@@ -1,12 +1,12 @@
 """Write an adapter into its base: a plain Transformers directory, as fast as the base itself.
 
-A head that was trained with the adapter is kept in the same file, and lorakit_task.json says what it is for.
+A head that was trained with the adapter goes with it (lorakit_head.safetensors, and lorakit_task.json says what it is
+for), so that lorakit predict and evaluate take the merged directory like a run.
 
 example: lorakit merge runs/demo --out merged/demo
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from lorakit.cli import Reply
@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.adapter import WEIGHTS, load
     from lorakit.attach import attach, merge
     from lorakit.errors import UsageError
-    from lorakit.files import replaced_directory
+    from lorakit.files import replaced_directory, write_json, write_tensors
+    from lorakit.fit.use import HEAD_FILE, TASK
     from lorakit.tasks.base import load_base
-    from lorakit.tasks.classify import Classify
+    from lorakit.tasks.classify import HEAD, Classify
 
     place, out = Path(args.adapter), Path(args.out)
     if out.exists():
@@ -42,11 +43,14 @@ def run(args: argparse.Namespace) -> Reply:
         Classify.from_note(note).prepare(base.model)
     attach(base.model, adapter)
     merge(base.model)
+    head = base.model.get_submodule(HEAD).state_dict() if note else {}
+    base.model._modules.pop(HEAD, None)  # the plain trunk, as other programs know it
     with replaced_directory(out) as work:
         base.model.save_pretrained(work)  # type: ignore[operator]
         base.tokenizer.save_pretrained(work)
         if note:
-            (work / "lorakit_task.json").write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+            write_json(work / TASK, note)
+            write_tensors(work / HEAD_FILE, {f"{HEAD}.{key}": t for key, t in head.items()})
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
     text = f"{len(adapter.layers)} layers merged into {base.name}, {size(n_bytes)}, written to {out}"
     return Reply(text, {"layers": len(adapter.layers), "base": base.name, "bytes": n_bytes, "out": str(out)})

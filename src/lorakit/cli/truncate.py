@@ -24,12 +24,15 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, truncates, saves."""
     from lorakit.adapter import WEIGHTS, load
     from lorakit.algebra.truncate import truncate
+    from lorakit.errors import UsageError
 
-    place = Path(args.adapter)
+    place, out = Path(args.adapter), Path(args.out)
+    if out.exists():
+        raise UsageError(f"'{out}' exists already; name another directory")
     inner = place / "adapter"
     adapter = load(inner if (inner / WEIGHTS).is_file() else place)
     small = truncate(adapter, rank=args.rank, energy=args.energy)
-    small.save(args.out)
+    small.save(out)
     ranks = sorted({layer.rank for layer in small.layers.values()})
     text = f"{size(adapter.n_bytes)} -> {size(small.n_bytes)}, rank {'/'.join(map(str, ranks))}, written to {args.out}"
     return Reply(text, {"bytes_before": adapter.n_bytes, "bytes": small.n_bytes, "ranks": ranks, "out": args.out})

@@ -37,13 +37,14 @@ def save_checkpoint(
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> State:
     """Puts a run back where it stood. FitError if the checkpoint is of another run, naming what differs."""
     saved = read_json(path / "state.json")
-    differing = [key for key in identity if saved["identity"].get(key) != identity[key]]
+    before, now = _flat(saved["identity"]), _flat(identity)
+    differing = [key for key in now if before.get(key) != now[key]]
     if differing:
-        key = differing[0]
+        told = [f"{key} was {before.get(key)}, now {now[key]}" for key in differing if "\n" not in str(now[key])]
+        told += [f"the {key} differs" for key in differing if "\n" in str(now[key])]
         raise FitError(
-            f"cannot resume '{path.parent}': {', '.join(differing)} differ from the run that was interrupted "
-            f"({key} was {_short(saved['identity'].get(key))}, now {_short(identity[key])}); "
-            "start again in another directory, or call with the same settings"
+            f"cannot resume '{path.parent}', because the call differs from the one that was interrupted: "
+            f"{'; '.join(told)}; call with the same settings, or start again in another directory"
         )
     tensors = read_tensors(path / "state.safetensors")
     learning = trainable(model)
@@ -55,6 +56,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return State(**saved["position"], best_tensors=best)
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Every setting under its own name."""
+    return {**identity.get("settings", {}), **{key: value for key, value in identity.items() if key != "settings"}}

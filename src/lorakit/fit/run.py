@@ -78,7 +78,7 @@ def fit(
     chosen = make_settings(settings)
     place = Path(out) if out is not None else None
     if place is not None:
-        _claim(place, resume, overwrite)
+        claim(place, resume, overwrite)
     began = time.perf_counter()
     data = (data if isinstance(data, Splits) else load_splits(data, seed=chosen.seed)).checked()
     base = load_base(model) if isinstance(model, str) else model
@@ -115,40 +115,54 @@ def fit(
     finally:
         if not had_head and HEAD in net._modules:
             del net._modules[HEAD]
-    summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began)
+    n_steps = total_steps(len(parts["train"]), chosen)
+    summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
     if place is not None:
         _finish(place, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
 
 
-def _claim(place: Path, resume: bool, overwrite: bool) -> None:
-    """The run directory must be new, unless it is to go on or to be replaced."""
+def claim(place: Path, resume: bool, overwrite: bool) -> None:
+    """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet."""
+    if resume and overwrite:
+        raise UsageError("resume goes on with a run and overwrite begins it anew; give one of them")
     if place.exists() and not place.is_dir():
         raise UsageError(f"'{place}' is a file; name a directory for the run")
-    if place.is_dir() and any(place.iterdir()):
-        ours = (
-            (place / "summary.json").exists() or (place / "checkpoint").exists() or (place / "records.jsonl").exists()
+    if resume and not (place / "checkpoint").is_dir():
+        state = (
+            "does not exist"
+            if not place.is_dir()
+            else "holds a finished run"
+            if _is_done(place)
+            else "has no checkpoint"
         )
-        if resume and not (place / "checkpoint").is_dir():
-            done = (place / "summary.json").exists()
+        raise UsageError(f"'{place}' {state}; there is nothing to resume")
+    if place.is_dir() and any(place.iterdir()) and not resume:
+        if not overwrite:
             raise UsageError(
-                f"'{place}' holds {'a finished run' if done else 'no checkpoint'}; there is nothing to resume"
+                f"'{place}' is not empty; go on with --resume, replace it with --overwrite, or name another directory"
             )
-        if not resume and not overwrite:
-            raise UsageError(f"'{place}' is not empty; resume the run in it, overwrite it, or name another directory")
-        if overwrite and not resume:
-            if not ours:
-                raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
-            for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
-                (place / name).unlink(missing_ok=True)
-            for name in ("checkpoint", "adapter"):
-                shutil.rmtree(place / name, ignore_errors=True)
+        if not (_is_done(place) or (place / "checkpoint").exists() or (place / "records.jsonl").exists()):
+            raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
+    host = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not host.is_dir() or not os.access(host, os.W_OK):
+        raise UsageError(f"cannot write into '{place}': '{host}' is {'not writable' if host.is_dir() else 'a file'}")
+
+
+def _is_done(place: Path) -> bool:
+    return (place / "summary.json").exists()
+
+
+def _clear(place: Path) -> None:
+    """Makes the run directory, or empties it of the run that is to be replaced."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        (place / ".writable").touch()
-        (place / ".writable").unlink()
     except OSError as error:
         raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
+    for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
+        (place / name).unlink(missing_ok=True)
+    for name in ("checkpoint", "adapter"):
+        shutil.rmtree(place / name, ignore_errors=True)
 
 
 def _run(
@@ -166,6 +180,8 @@ def _run(
     if place is not None and resume:
         state = load_checkpoint(place / "checkpoint", net, optimizer, identity)
         records = _read_records(place / "records.jsonl", state.step, state.epoch)
+    elif place is not None:
+        _clear(place)
     stream = None
     if place is not None:
         write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
@@ -207,6 +223,12 @@ def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
     return records
 
 
+def _best_epoch(records: list[dict[str, Any]]) -> int:
+    """Epoch of the kept parameters: the first with the best accuracy, of those the one with the lowest loss."""
+    valid = [record for record in records if record["kind"] == "valid"]
+    return int(max(valid, key=lambda record: (record["accuracy"], -record["loss"]))["epoch"])
+
+
 def _summary(
     base: Base,
     adapter: Adapter,
@@ -216,6 +238,7 @@ def _summary(
     records: list[dict[str, Any]],
     data: Splits,
     seconds: float,
+    n_steps: int,
 ) -> dict[str, Any]:
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
@@ -230,6 +253,8 @@ def _summary(
         "before": before,
         "test": metrics,
         "best_valid": state.best,
+        "best_epoch": _best_epoch(records),
+        "stopped_early": state.stale > 0 and state.step < n_steps,
         "steps": state.step,
         "epochs": state.epoch,
         "train_s": round(state.seconds, 2),

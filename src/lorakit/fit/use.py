@@ -12,9 +12,12 @@ from lorakit.attach import attach, detach
 from lorakit.data.batches import tokenize
 from lorakit.data.rows import Rows
 from lorakit.errors import AdapterError, DataError, listed
+from lorakit.files import read_json, read_tensors
 from lorakit.fit.loop import evaluate_tokens
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.classify import HEAD, Classify, bootstrap
+
+TASK, HEAD_FILE = "lorakit_task.json", "lorakit_head.safetensors"  # beside a merged model
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,18 @@ class Evaluation:
 
 
 def open_run(path: str | Path) -> tuple[Adapter, Classify]:
-    """Adapter and task of a run directory, or of an adapter directory that a fit wrote."""
+    """Adapter and task of a run directory, of an adapter directory that a fit wrote, or of a merged model."""
     place = Path(path)
+    if (place / TASK).is_file():  # a merged model: nothing to adapt, only its head
+        head = read_tensors(place / HEAD_FILE)
+        return Adapter({}, head, {"base_name": str(place)}), Classify.from_note(read_json(place / TASK))
     if (place / "adapter" / WEIGHTS).is_file():
         place = place / "adapter"
     adapter = load(place)
     note = adapter.meta.get("task")
     if not note:
         raise AdapterError(
-            f"'{place}' does not say which task it was trained for (no labels); it was not made by lorakit fit"
+            f"'{place}' does not say which task it was trained for; use the run directory that its fit wrote"
         )
     return adapter, Classify.from_note(note)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter, same_base
+from lorakit.adapter import Adapter, refuse_broken, same_base
 from lorakit.attach import base_fingerprint
 from lorakit.describe import locate
 from lorakit.errors import AdapterError, BaseMismatchError
@@ -90,6 +90,7 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
 
     Raises AdapterError if the model lacks a layer, BaseMismatchError if it has other weights.
     """
+    refuse_broken(adapter, "the adapter")
     known = adapter.base_fingerprint
     if model is not None and check_base and known and not same_base(known, base_fingerprint(model, adapter.layers)):
         raise BaseMismatchError("this adapter was made for other weights than the given model has; pass that base")

@@ -83,8 +83,8 @@ class Kind(ABC):
             y = y - self.over_outputs(bias, y)
         if update.a is not None and update.b is not None:
             compute = x.dtype if x.is_floating_point() else y.dtype
-            extra = self.pair(module, x, update.a.to(compute), update.b.to(compute)).to(y.dtype)
-            y = y.add(extra, alpha=update.scale)
+            # the scale goes into `b`: torch 2.13's inductor loses the alpha of an add behind a 2-D product
+            y = y + self.pair(module, x, update.a.to(compute), (update.scale * update.b).to(compute)).to(y.dtype)
         if update.dense is not None:
             y = y + self.dense(module, x, update.dense.to(y.dtype))
         if update.gain is not None:

@@ -6,6 +6,7 @@ start frozen beside the trained pair and subtracts it, so the base weight is nev
 
 import torch
 
+from lorakit.errors import PlanError
 from lorakit.linalg import Svd
 from lorakit.method import STARTS, Pair, ReadWeight, Start
 from lorakit.update import LayerSpec
@@ -21,6 +22,9 @@ class Pissa(Start):
     zero = False
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
-        u, s, vh = torch.linalg.svd(weight().detach().float().cpu() / abs(scale), full_matrices=False)
+        try:
+            u, s, vh = torch.linalg.svd(weight().detach().float().cpu() / abs(scale), full_matrices=False)
+        except RuntimeError as error:  # LinAlgError is one
+            raise PlanError(f"start 'pissa': the weight of '{spec.path}' has no decomposition ({error})") from None
         b, a = Svd(u, s, vh.mT).truncated(rank).balanced()
         return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())
