@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -79,6 +80,14 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="COLUMN", help="column of the texts (found by its usual names)")
     parser.add_argument("--label", metavar="COLUMN", help="column of the labels (found by its usual names)")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are longer than the model takes")
+
+
+def open_adapter(path: str) -> Any:
+    """The adapter in this directory, or in the run directory of this name."""
+    from lorakit.adapter import WEIGHTS, load
+
+    inner = Path(path) / "adapter"
+    return load(inner if (inner / WEIGHTS).is_file() else path)
 
 
 def say(message: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli import Reply
-from lorakit.cli.common import size
+from lorakit.cli.common import open_adapter, size
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -32,12 +32,11 @@ def run(args: argparse.Namespace) -> Reply:
     import torch
 
     from lorakit import peft_format
-    from lorakit.adapter import CONFIG, NOTES, WEIGHTS, load
+    from lorakit.adapter import CONFIG, NOTES, WEIGHTS
     from lorakit.errors import AdapterError, UsageError
 
-    place, out = Path(args.adapter), Path(args.out)
-    inner = place / "adapter"
-    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    out = Path(args.out)
+    adapter = open_adapter(args.adapter)
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"'{out}' is not empty; name another directory")
     if args.dtype:

@@ -4,9 +4,9 @@ example: lorakit inspect runs/demo --base minilm
 """
 
 import argparse
-from pathlib import Path
 
 from lorakit.cli import Reply
+from lorakit.cli.common import open_adapter
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, looks, prints a table."""
-    from lorakit.adapter import WEIGHTS, load
     from lorakit.inspect import inspect
     from lorakit.tasks.base import load_base
 
-    place = Path(args.adapter)
-    inner = place / "adapter"
-    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    adapter = open_adapter(args.adapter)
     view = inspect(adapter, load_base(args.base).model if args.base else None)
     return Reply(str(view), view.values())

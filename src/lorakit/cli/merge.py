@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import size
+from lorakit.cli.common import open_adapter, size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, attaches, merges, saves."""
-    from lorakit.adapter import WEIGHTS, load
     from lorakit.attach import attach, merge
     from lorakit.errors import UsageError
     from lorakit.files import replaced_directory, write_json, write_tensors
@@ -30,11 +29,10 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.tasks.base import load_base
     from lorakit.tasks.classify import HEAD, Classify
 
-    place, out = Path(args.adapter), Path(args.out)
+    out = Path(args.out)
     if out.exists():
         raise UsageError(f"'{out}' exists already; name another directory")
-    inner = place / "adapter"
-    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    adapter = open_adapter(args.adapter)
     if not (args.base or adapter.base_name):
         raise UsageError("the adapter does not say which base it was made on; name it with --base")
     base = load_base(args.base or adapter.base_name)

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import size
+from lorakit.cli.common import open_adapter, size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, truncates, saves."""
-    from lorakit.adapter import WEIGHTS, load
     from lorakit.algebra.truncate import truncate
     from lorakit.errors import UsageError
 
-    place, out = Path(args.adapter), Path(args.out)
+    out = Path(args.out)
     if out.exists():
         raise UsageError(f"'{out}' exists already; name another directory")
-    inner = place / "adapter"
-    adapter = load(inner if (inner / WEIGHTS).is_file() else place)
+    adapter = open_adapter(args.adapter)
     small = truncate(adapter, rank=args.rank, energy=args.energy)
     small.save(out)
     ranks = sorted({layer.rank for layer in small.layers.values()})
