@@ -828,8 +828,8 @@ def test_probe_names_every_layer_whose_update_never_ran() -> None:
     with pytest.raises(
         NoEffectError, match=r"2 of 3 layers never ran in the probe batch: 'read', 'idle'; .*drive='weight'"
     ):
-        refuse_unseen(lk.probe(model, x), 3)
-    refuse_unseen((), 3)
+        refuse_unseen(model, lk.probe(model, x))
+    refuse_unseen(model, ())
 
 
 def test_the_weight_drive_reaches_a_weight_that_is_read_from_outside() -> None:

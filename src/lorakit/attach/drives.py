@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.lora_linear import lora_linear
-from lorakit.attach.slots import Factors, Slot, Trained, WeightReader
+from lorakit.attach.slots import Slot, Trained, WeightReader
 from lorakit.kinds import Kind
 from lorakit.kinds.parameter import bias_name
 from lorakit.update import Update
@@ -202,8 +202,3 @@ def drop_shadow(owner: nn.Module, source: Slot | Trained) -> None:
         for handle in owner.__dict__.pop(f"{_SHADOWS}_handles", []):
             handle.remove()
         owner.__dict__.pop(_SHADOWS, None)
-
-
-def factors_of(slot: Slot) -> dict[str, Factors]:
-    """Adapter name -> Factors."""
-    return dict(slot._modules)  # type: ignore[arg-type]

@@ -55,9 +55,11 @@ def recorded(model: nn.Module) -> Iterator[list[str]]:
         switch.seen = None
 
 
-def refuse_unseen(unseen: Sequence[str], n_layers: int) -> None:
+def refuse_unseen(model: nn.Module, unseen: Sequence[str]) -> None:
     """NoEffectError where a layer's update never ran."""
     if unseen:
+        switch = switch_of(model)
+        n_layers = len({path for name in switch.active for path in switch.names[name]})
         named = ", ".join(f"'{path}'" for path in unseen[:4]) + (", ..." if len(unseen) > 4 else "")
         raise NoEffectError(
             f"{len(unseen)} of {n_layers} layers never ran in the probe batch: {named}; their weight is used without "

@@ -148,7 +148,7 @@ def _probe(
     batch = gather(tokens, training_batches(tokens, settings.batch_size, settings.seed, 0)[0])
     with recorded(model) as unseen:
         loss = task.loss(task.logits(model, batch), batch.labels)
-    refuse_unseen(unseen, sum(1 for module in model.modules() if type(module).__name__ == "Slot"))
+    refuse_unseen(model, unseen)
     gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
     idle = [name for name, gradient in zip(learning, gradients) if gradient is None]
     if idle:
