@@ -131,23 +131,26 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
     from transformers import AutoModel
 
     from lorakit.data import load_rows
-    from lorakit.data.batches import gather, tokenize
+    from lorakit.data.batches import gather
     from lorakit.fit.use import open_run
-    from lorakit.tasks.base import load_base, pooled
+    from lorakit.tasks.base import load_base
+    from lorakit.trunk import Trunk
 
     assert main(["merge", str(place / "run"), "--out", str(tmp_path / "m")]) == 0
     adapter, task = open_run(place / "run")
     base = load_base(str(place / "base"))
-    tokens = tokenize(load_rows(place / "data.csv"), base.tokenizer, task.labels, task.max_length, False)
+    tokens = task.tokens(load_rows(place / "data.csv"), base.tokenizer, truncate=False)
     batch = gather(tokens, range(12))
     task.prepare(base.model)
     lk.attach(base.model, adapter)
     plain = AutoModel.from_pretrained(tmp_path / "m").eval()
     head = load_file(tmp_path / "m" / "lorakit_head.safetensors")
-    with torch.no_grad():
-        expected = task.logits(base.model, batch)
-        hidden = plain(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        found = pooled(hidden, batch.mask, task.pool) @ head["classifier.weight"].T + head["classifier.bias"]
+    ids, mask = batch.segments.padded(batch.ids, tokens.pad)
+    with torch.no_grad(), Trunk(base.model, head="classifier") as trunk:
+        expected = task.scores(base.model, trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
+        hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+        pool = hidden[:, 0] if task.pool == "cls" else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        found = pool @ head["classifier.weight"].T + head["classifier.bias"]
     assert float((expected - found).abs().max()) < 1e-4  # fp32 sums in another order, through two layers
 
 

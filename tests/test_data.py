@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from lorakit.data import Splits, load_rows, load_splits
-from lorakit.data.batches import Tokens, gather, plain_batches, training_batches
+from lorakit.data.batches import Tokens, gather, passes, plain_batches, training_batches
 from lorakit.data.rows import Rows, split
 from lorakit.errors import DataError
 
@@ -154,26 +154,36 @@ def test_a_directory_without_data_is_refused(tmp_path):
 
 
 def tokens(lengths):
-    import torch
+    ids = tuple(tuple(range(1, n + 1)) for n in lengths)
+    return Tokens(ids, tuple((k,) for k in range(len(ids))), ((),) * len(ids), tuple(range(len(ids))), 0)
 
-    return Tokens(tuple(tuple(range(1, n + 1)) for n in lengths), torch.arange(len(lengths)), 0)
 
-
-def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch():
+@pytest.mark.parametrize("by_length", [True, False])
+def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch(by_length):
     data = tokens([n % 7 + 1 for n in range(50)])
-    batches = training_batches(data, 8, seed=3, epoch=0)
+    batches = training_batches(data, 8, 3, 0, by_length)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
-    assert batches == training_batches(data, 8, seed=3, epoch=0)
-    assert batches != training_batches(data, 8, seed=3, epoch=1)
+    assert batches == training_batches(data, 8, 3, 0, by_length)
+    assert batches != training_batches(data, 8, 3, 1, by_length)
 
 
-def test_a_batch_is_padded_to_its_longest_and_masked():
-    batch = gather(tokens([2, 4]), [0, 1])
-    assert batch.ids.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
-    assert batch.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+def test_a_batch_is_laid_end_to_end_and_can_be_padded():
+    batch = gather(tokens([2, 4]), [1, 0])
+    assert batch.ids.tolist() == [1, 2, 3, 4, 1, 2]
+    assert batch.segments.starts.tolist() == [0, 4, 6]
+    assert batch.segments.positions().tolist() == [0, 1, 2, 3, 0, 1]
     assert batch.n_tokens == 6
+    rows, mask = batch.segments.padded(batch.ids, 9)
+    assert rows.tolist() == [[1, 2, 3, 4], [1, 2, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_a_step_is_cut_into_passes_of_bounded_size():
+    data = tokens([5, 1, 3, 9, 2])
+    assert passes(data, range(5), 6) == [[1, 4, 2], [0], [3]]
+    assert passes(data, [3, 0], 100) == [[0, 3]]
 
 
 def test_plain_batches_cover_all_rows():
     data = tokens([5, 1, 3])
-    assert sorted(i for batch in plain_batches(data, 2) for i in batch.indices) == [0, 1, 2]
+    assert sorted(i for batch in plain_batches(data, 4) for i in batch.indices) == [0, 1, 2]

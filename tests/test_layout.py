@@ -27,6 +27,7 @@ ROOMS = {
     "describe": 5,
     "rules": 5.5,  # reads what describe says
     "attach": 6,
+    "trunk": 6.5,  # runs what attach has put on
     "tasks": 7,
     "data": 7,
     "fit": 8,

@@ -6,29 +6,40 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.data.batches import Tokens, gather
+from lorakit.data.rows import Rows
 from lorakit.errors import LorakitError, UsageError
-from lorakit.tasks.base import load_base, pooled
-from lorakit.tasks.classify import Classify, bootstrap
+from lorakit.tasks.base import load_base
+from lorakit.tasks.classify import Classify, bootstrap, mean_of_segments
+from lorakit.trunk import Segments
 
 
-def test_pooling_reads_only_real_tokens():
-    hidden = torch.arange(24, dtype=torch.float64).reshape(2, 4, 3)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    assert torch.equal(pooled(hidden, mask, "mean")[0], hidden[0, :2].mean(0))
-    assert torch.equal(pooled(hidden, mask, "cls"), hidden[:, 0])
-    assert torch.equal(pooled(hidden, mask, "last"), torch.stack([hidden[0, 1], hidden[1, 3]]))
+def test_the_mean_is_taken_inside_each_text():
+    hidden = torch.arange(18, dtype=torch.float32).reshape(6, 3)
+    found = mean_of_segments(hidden, Segments.of([2, 1, 3]))
+    assert torch.equal(found, torch.stack([hidden[:2].mean(0), hidden[2], hidden[3:].mean(0)]))
 
 
-def test_last_token_pooling_works_with_left_padding():
-    hidden = torch.randn(1, 4, 3)
-    assert torch.equal(pooled(hidden, torch.tensor([[0, 0, 1, 1]]), "last"), hidden[:, 3])
+@pytest.mark.parametrize(("pool", "places"), [("cls", [0, 2]), ("last", [1, 4]), ("mean", None)])
+def test_only_the_pooled_token_is_read(pool, places):
+    def tokenizer(texts, **_):
+        return {"input_ids": [list(range(len(text))) for text in texts]}
+
+    tokenizer.pad_token_id = None
+    rows = Rows(("ab", "abc"), ("x", "y"), "here", (2, 3))
+    tokens = Classify(("x", "y"), pool).tokens(rows, tokenizer, truncate=False)
+    batch = gather(tokens, [0, 1])
+    assert batch.ids.tolist() == [0, 1, 0, 1, 2]
+    assert (batch.reads.tolist() if batch.reads is not None else None) == places
+    assert batch.labels.tolist() == [0, 1]
 
 
 def test_metrics_equal_their_definition():
     task = Classify(("a", "b", "c"))
     logits = torch.tensor([[2.0, 0, 0], [2, 0, 0], [0, 2, 0], [0, 2, 0]])
     labels = torch.tensor([0, 1, 1, 1])
-    found = task.metrics(logits, labels)
+    tokens = Tokens(((1,),) * 4, tuple((int(k),) for k in labels), ((),) * 4, (1, 2, 3, 4), 0)
+    found = task.metrics(logits, tokens)
     assert found["accuracy"] == 0.75
     # a: said 2, true 1, hit 1 -> 2/3; b: said 2, true 3, hit 2 -> 4/5; c never occurs and is never said
     assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)

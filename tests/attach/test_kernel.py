@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.attach.kernels.lora_linear import lora_linear
+from lorakit.attach.kernels.lora import Layer, Ready, lora_group, lora_linear, ready
+from lorakit.attach.kernels.products import frozen_linear, input_gradient, linear, pack
 
 RANKS = [1, 8, 16, 17]
 
@@ -145,3 +146,58 @@ def test_the_fused_drive_keeps_less_than_the_hook_does() -> None:
         lk.attach(model, lk.plan(model, rank=16), drive=drive)
         kept[drive] = saved_bytes(model, x)
     assert kept["fused"] < kept["hook"]
+
+
+def group(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Layer]]:
+    """An input and layers that read it, of unlike widths, ranks and scales."""
+    g = torch.Generator().manual_seed(n)
+    i, layers = 6, []
+    for k in range(n):
+        o, r = 5 + k, 2 + 3 * k
+        w, c, a, b = (
+            torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in ((o, i), (o,), (r, i), (o, r))
+        )
+        layers.append(Layer(w, None if k == 1 else c, a, b, 0.5 + k))
+    return torch.randn(7, i, generator=g, dtype=torch.float64).to(dtype), layers
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["ready", "cast"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_group_gives_what_its_layers_give_alone(n: int, given: bool) -> None:
+    x, layers = group(n)
+    found = [x.clone().requires_grad_(), *(t.clone().requires_grad_() for layer in layers for t in (layer.a, layer.b))]
+    alone = [t.detach().clone().requires_grad_() for t in found]
+
+    def with_factors(leaves: list[Tensor]) -> list[Layer]:
+        return [layer._replace(a=a, b=b) for layer, a, b in zip(layers, leaves[1::2], leaves[2::2])]
+
+    now = ready([layer[2:5] for layer in with_factors(found)], torch.float64) if given else None
+    now = now and Ready(now.a.detach(), tuple(b.detach() for b in now.b))
+    ys = lora_group(found[0], with_factors(found), now)
+    zs = [plain(alone[0], *layer[:5]) for layer in with_factors(alone)]
+    for k, (y, z) in enumerate(zip(ys, zs)):
+        assert torch.allclose(y, z, atol=1e-12), k
+    sum((y.square().sum() for y in ys), torch.zeros(())).backward()
+    sum((z.square().sum() for z in zs), torch.zeros(())).backward()
+    for one, other in zip(found, alone):
+        assert torch.allclose(one.grad, other.grad, atol=1e-10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_with_a_packed_weight_are_those_with_the_plain_one(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, c, dy = (torch.randn(s, generator=g).to(dtype) for s in ((9, 80), (96, 80), (96,), (9, 96)))
+    packed = pack(w)
+    assert (packed is not None) == (dtype == torch.bfloat16)
+    exact = F.linear(x.double(), w.double(), c.double())
+    bound = 1e-4 if dtype == torch.float32 else 0.15  # 80 terms of size 1, rounded once to bfloat16
+    assert float((linear(x, w, c, packed).double() - exact).abs().max()) < bound
+    back = dy.double() @ w.double()
+    assert float((input_gradient(dy, w, packed).double() - back).abs().max()) < bound
+    onto = torch.ones(9, 80, dtype=dtype)
+    assert float((input_gradient(dy, w, packed, onto).double() - back - 1).abs().max()) < bound
+    x.requires_grad_()
+    y = frozen_linear(x, w, c, packed)
+    assert torch.equal(y, linear(x, w, c, packed))
+    y.backward(dy)
+    assert torch.equal(x.grad, input_gradient(dy, w, packed))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The drives: how an attached update reaches the forward pass. Chosen per layer, undone without a trace.
 
 - hook: a forward hook adds the update to the layer's output. Any layer that is called.
-- fused: the layer's forward is replaced on the instance, so that layer and pair run as one (kernels/lora_linear.py).
+- fused: the layer's forward is replaced on the instance, so that layer and pair run as one (kernels/lora.py).
 - weight: while its owner runs, the changed weight stands in the instance's `__dict__` in front of the parameter. For
   weights that are read without a call. The parameter, its name and the type of the module stay what they are.
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.lora_linear import lora_linear
+from lorakit.attach.kernels.lora import lora_linear
 from lorakit.attach.slots import Slot, Trained, WeightReader
 from lorakit.kinds import Kind
 from lorakit.kinds.parameter import bias_name
@@ -57,6 +57,10 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     active = slot.active()
     if not active:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
+    if slot.switch.inputs is not None:
+        slot.switch.inputs.append((slot, x))
+    if slot.group is not None and len(active) == 1 and slot.group.takes(slot, active[0], x):
+        return slot.group.run(slot, x)  # type: ignore[no-any-return]
     reader = WeightReader(module, slot.parameter, slot.kind)
     updates = [factors.update(reader) for factors in active]
     if len(updates) == 1 and _fusable(updates[0], x):
@@ -92,7 +96,8 @@ def cast_shadows(owner: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(source, Trained):
             standing = source.active()
             if standing is not None:
-                holder.__dict__[parameter] = standing
+                dtype = holder._parameters[parameter].dtype  # type: ignore[union-attr]
+                holder.__dict__[parameter] = standing if standing.dtype == dtype else standing.to(dtype)
         else:
             _cast_updates(holder, parameter, source)
     if isinstance(owner, nn.RNNBase):

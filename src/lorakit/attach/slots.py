@@ -33,6 +33,7 @@ class Switch:
         self.meta: dict[str, Mapping[str, Any]] = {}
         self.frozen: set[str] | None = None
         self.seen: set[str] | None = None  # paths whose update ran; recorded only while probing
+        self.inputs: list[tuple[Any, Tensor]] | None = None  # (slot, input) of fused calls; recorded only on request
         self.merged: Any = None
         self.nested: dict[str, bool] = {}  # nn.TransformerEncoder paths whose nested-tensor path was switched off
 
@@ -128,10 +129,11 @@ class Slot(nn.Module):
     drive: str
     switch: Switch
     owner: nn.Module
+    group: Any  # attach/groups.py: the layers it runs with, while a trunk has put it among them
     added_by_lorakit = True
 
     def __init__(self, path: str, parameter: str, kind: Kind, drive: str, switch: Switch, owner: nn.Module) -> None:
-        _begin(self, path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner)
+        _begin(self, path=path, parameter=parameter, kind=kind, drive=drive, switch=switch, owner=owner, group=None)
 
     def active(self) -> list[Factors]:
         """Factors of the active adapters that reach this layer, in the order of activation."""

@@ -26,7 +26,11 @@ _SETTINGS = {
     "seed": (int, "of everything random"),
     "max-steps": (int, "bound on the steps, 0 for none"),
     "checkpoint-steps": (int, "checkpoint every so many steps too, 0 for every epoch only"),
-    "eval-batch-size": (int, "texts in one evaluation batch"),
+    "schedule": (str, "after the warm-up: cosine or linear down to 0, or constant"),
+    "lora-plus": (float, "how much faster the factors b learn (LoRA+), 1 for equally"),
+    "ema": (float, "decay of an average of the parameters to evaluate and keep, 0 for none"),
+    "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result"),
+    "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
 }
 
 
@@ -144,7 +148,9 @@ def _report(summary: dict[str, Any], out: str) -> str:
             f"(macro F1 {after['macro_f1']:.3f}, {summary['rows']['test']} test rows)",
             f"adapter            {size(own)}, {own / whole:.1%} of the base's {size(whole)}",
             f"training           {summary['steps']} steps in {summary['train_s']:.0f} s, "
-            f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads; {summary['total_s']:.0f} s in all",
+            f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads in {summary['dtype']}; "
+            f"{summary['total_s']:.0f} s in all",
+            *([f"padded             {summary['padded']}"] if summary["padded"] else []),
             f"kept               epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
             f"{'; stopped early, no better one came' if summary['stopped_early'] else ''}",
             f"run directory      {out}",

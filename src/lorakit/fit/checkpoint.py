@@ -3,24 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from lorakit.errors import FitError
 from lorakit.files import read_json, read_tensors, replaced_directory, write_json, write_tensors
-from lorakit.fit.loop import State, load_tensors, trainable
+from lorakit.fit.learner import Learner
+from lorakit.fit.loop import State
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, identity: dict[str, Any]
-) -> None:
+def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[str, Any]) -> None:
     """Writes parameters, optimizer memory, best parameters and position. `identity` says which run this is."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trainable(model).items():
-        tensors[f"now:{name}"] = parameter
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}:{name}"] = value
-    tensors |= {f"best:{name}": tensor for name, tensor in state.best_tensors.items()}
+    tensors = learner.memory()
+    if state.best_values is not None:
+        tensors["best"] = state.best_values
     position = {
         "step": state.step,
         "epoch": state.epoch,
@@ -34,7 +27,7 @@ def save_checkpoint(
         write_json(work / "state.json", {"position": position, "identity": identity})
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> State:
+def load_checkpoint(path: Path, learner: Learner, identity: dict[str, Any]) -> State:
     """Puts a run back where it stood. FitError if the checkpoint is of another run, naming what differs."""
     saved = read_json(path / "state.json")
     before, now = _flat(saved["identity"]), _flat(identity)
@@ -47,13 +40,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{'; '.join(told)}; call with the same settings, or start again in another directory"
         )
     tensors = read_tensors(path / "state.safetensors")
-    learning = trainable(model)
-    load_tensors(model, {name.removeprefix("now:"): t for name, t in tensors.items() if name.startswith("now:")})
-    for name, parameter in learning.items():
-        memory = {key.split(":", 1)[0]: t for key, t in tensors.items() if key.split(":", 1)[1] == name}
-        optimizer.state[parameter] = {key: t for key, t in memory.items() if key not in ("now", "best")}
-    best = {name.removeprefix("best:"): t for name, t in tensors.items() if name.startswith("best:")}
-    return State(**saved["position"], best_tensors=best)
+    learner.restore(tensors)
+    return State(**saved["position"], best_values=tensors.get("best"))
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -9,28 +9,29 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.data import Splits, load_splits
-from lorakit.data.batches import tokenize
+from lorakit.data.batches import Tokens
 from lorakit.errors import FitError, MissingExtraError, UsageError, nearest
 from lorakit.files import write_json, write_text
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
 from lorakit.fit.curve import draw_curve
-from lorakit.fit.loop import Record, State, evaluate_tokens, load_tensors, make_optimizer, total_steps, train
+from lorakit.fit.learner import Learner
+from lorakit.fit.loop import Record, State, total_steps, train
 from lorakit.fit.settings import make_settings
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.classify import HEAD, Classify
+from lorakit.trunk import Trunk, resolve_dtype
 
 Watch = Callable[[Record, int], None]
 
@@ -76,6 +77,7 @@ def fit(
     if task != "classify":
         raise UsageError(f"unknown task '{task}'{nearest(task, ['classify'])}")
     chosen = make_settings(settings)
+    chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
     place = Path(out) if out is not None else None
     if place is not None:
         claim(place, resume, overwrite)
@@ -84,7 +86,7 @@ def fit(
     base = load_base(model) if isinstance(model, str) else model
     goal = Classify(data.labels, base.pool, base.max_length)
     parts = {
-        name: tokenize(rows, base.tokenizer, goal.labels, base.max_length, chosen.truncate)
+        name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
     net = base.model
@@ -96,7 +98,6 @@ def fit(
             entries = Plan(entries.layers, (*entries.trained, HEAD), entries.note)
         attach(net, entries, seed=chosen.seed)
         try:
-            before = evaluate_tokens(net, goal, parts["test"], chosen.eval_batch_size)[0]
             identity = {
                 "settings": chosen.values(),
                 "plan": entries.toml(),
@@ -104,9 +105,18 @@ def fit(
                 "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
                 "labels": list(goal.labels),
             }
-            records, state = _run(net, goal, parts, chosen, place, resume, identity, watch)
-            load_tensors(net, state.best_tensors)
-            metrics = evaluate_tokens(net, goal, parts["test"], chosen.eval_batch_size)[0]
+            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=HEAD) as trunk:
+                learner = Learner(net, goal, trunk, chosen)
+                try:
+                    before = learner.evaluate(parts["test"])
+                    records, state = _run(learner, parts, place, resume, identity, watch)
+                    assert state.best_values is not None
+                    learner.ema = None
+                    learner.load(state.best_values)
+                    metrics = learner.evaluate(parts["test"])
+                finally:
+                    learner.release()
+                why_padded = trunk.why_padded
             adapter = collect(net).with_meta(
                 base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
             )
@@ -117,6 +127,7 @@ def fit(
             del net._modules[HEAD]
     n_steps = total_steps(len(parts["train"]), chosen)
     summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
+    summary |= {"dtype": chosen.dtype, "padded": why_padded}
     if place is not None:
         _finish(place, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
@@ -166,19 +177,17 @@ def _clear(place: Path) -> None:
 
 
 def _run(
-    net: nn.Module,
-    goal: Classify,
-    parts: dict[str, Any],
-    chosen: Any,
+    learner: Learner,
+    parts: dict[str, Tokens],
     place: Path | None,
     resume: bool,
     identity: dict[str, Any],
     watch: Watch | None,
 ) -> tuple[list[dict[str, Any]], State]:
-    optimizer = make_optimizer(net, chosen)
+    chosen = learner.settings
     state, records = State(), []
     if place is not None and resume:
-        state = load_checkpoint(place / "checkpoint", net, optimizer, identity)
+        state = load_checkpoint(place / "checkpoint", learner, identity)
         records = _read_records(place / "records.jsonl", state.step, state.epoch)
     elif place is not None:
         _clear(place)
@@ -188,7 +197,7 @@ def _run(
         stream = open(place / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed below
     total = total_steps(len(parts["train"]), chosen)
     try:
-        for record in train(net, goal, parts["train"], parts["valid"], chosen, optimizer, state):
+        for record in train(learner, parts["train"], parts["valid"], state):
             line = {"kind": record.kind, "step": record.step, "epoch": record.epoch, **record.values}
             records.append(line)
             due = record.kind == "valid" or (chosen.checkpoint_steps and record.step % chosen.checkpoint_steps == 0)
@@ -197,7 +206,7 @@ def _run(
                 if due:
                     stream.flush()
                     os.fsync(stream.fileno())
-                    save_checkpoint(place / "checkpoint", net, optimizer, state, identity)
+                    save_checkpoint(place / "checkpoint", learner, state, identity)
             if watch is not None:
                 watch(record, total)
     except OSError as error:

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import UsageError, listed, nearest
+from lorakit.trunk import DTYPES
+
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. `epochs` is the most; `patience` evaluations without a better one end the run before it.
 
-    `learning_rate` is the peak of a linear warm-up (`warmup`, a share of all steps) and a cosine down to 0.
-    `clip` bounds the gradient's norm. `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
+    `learning_rate` is the peak of a linear warm-up (`warmup`, a share of all steps), then `schedule` takes it to 0
+    (cosine, linear) or keeps it (constant). `lora_plus` multiplies it for the factors b (Hayou et al., 2024, LoRA+).
+    `clip` bounds the gradient's norm. `ema` above 0 evaluates and keeps an exponential mean of the parameters with
+    that decay. `batch_size` texts make a step; it runs in passes of at most `tokens_per_pass` tokens, with the same
+    result. `dtype` is what the frozen part is in while it trains: bf16, fp32, or auto (bf16 where the processor has
+    it). `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
     """
 
     epochs: int = 10
@@ -23,11 +30,15 @@ class Settings:
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip: float = 1.0
+    schedule: str = "cosine"
+    lora_plus: float = 1.0
+    ema: float = 0.0
     patience: int = 4
     seed: int = 0
     max_steps: int = 0
     checkpoint_steps: int = 0
-    eval_batch_size: int = 64
+    tokens_per_pass: int = 4096
+    dtype: str = "auto"
     truncate: bool = False
 
     def __post_init__(self) -> None:
@@ -36,7 +47,11 @@ class Settings:
             for name, good, wish in (
                 ("epochs", self.epochs >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("eval_batch_size", self.eval_batch_size >= 1, "at least 1"),
+                ("tokens_per_pass", self.tokens_per_pass >= 1, "at least 1"),
+                ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+                ("lora_plus", self.lora_plus > 0, "above 0"),
+                ("ema", 0 <= self.ema < 1, "0 (off) or more, below 1"),
+                ("dtype", self.dtype in ("auto", *DTYPES), f"one of auto, {', '.join(DTYPES)}"),
                 ("learning_rate", 0 < self.learning_rate < 10, "above 0 and below 10"),
                 ("warmup", 0 <= self.warmup < 1, "a share from 0 to 1"),
                 ("weight_decay", self.weight_decay >= 0, "0 or more"),
@@ -63,7 +78,9 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     for name, value in given.items():
         if name not in known:
             continue
-        wanted = {"int": int, "float": float, "bool": bool}[str(getattr(known[name], "__name__", known[name]))]
+        wanted = {"int": int, "float": float, "bool": bool, "str": str}[
+            str(getattr(known[name], "__name__", known[name]))
+        ]
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):

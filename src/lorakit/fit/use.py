@@ -9,13 +9,15 @@ import torch
 
 from lorakit.adapter import WEIGHTS, Adapter, load
 from lorakit.attach import attach, detach
-from lorakit.data.batches import tokenize
+from lorakit.data.batches import Tokens
 from lorakit.data.rows import Rows
 from lorakit.errors import AdapterError, DataError, listed
 from lorakit.files import read_json, read_tensors
-from lorakit.fit.loop import evaluate_tokens
+from lorakit.fit.learner import scores_of
+from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.classify import HEAD, Classify, bootstrap
+from lorakit.trunk import Trunk, resolve_dtype
 
 TASK, HEAD_FILE = "lorakit_task.json", "lorakit_head.safetensors"  # beside a merged model
 
@@ -58,17 +60,20 @@ def open_run(path: str | Path) -> tuple[Adapter, Classify]:
 
 
 def _logits(
-    run: str | Path | tuple[Adapter, Classify], rows: Rows, base: Base | None, truncate: bool, batch_size: int
-) -> tuple[Classify, torch.Tensor, torch.Tensor]:
+    run: str | Path | tuple[Adapter, Classify], rows: Rows, base: Base | None, truncate: bool
+) -> tuple[Classify, torch.Tensor, Tokens]:
     adapter, task = open_run(run) if isinstance(run, str | Path) else run
     own = base or load_base(adapter.base_name, pool=task.pool, max_length=task.max_length)
-    tokens = tokenize(rows, own.tokenizer, task.labels, task.max_length, truncate)
+    tokens = task.tokens(rows, own.tokenizer, truncate=truncate)
     had_head = hasattr(own.model, HEAD)
     task.prepare(own.model)
     try:
         attach(own.model, adapter, name="using")
         try:
-            return task, evaluate_tokens(own.model, task, tokens, batch_size)[1], tokens.labels
+            kind = resolve_dtype("auto", next(own.model.parameters()).device)
+            with Trunk(own.model, dtype=kind, pad=tokens.pad, head=HEAD) as trunk:
+                scores = scores_of(own.model, task, trunk, tokens, Settings())
+            return task, scores, tokens
         finally:
             detach(own.model, "using")
     finally:
@@ -82,7 +87,6 @@ def predict(
     *,
     base: Base | None = None,
     truncate: bool = False,
-    batch_size: int = 64,
 ) -> list[Prediction]:
     """The label of each text, in order. `base` saves loading the base again."""
     rows = texts if isinstance(texts, Rows) else Rows(tuple(texts), None, "texts", tuple(range(1, len(texts) + 1)))
@@ -91,7 +95,7 @@ def predict(
     empty = [line for text, line in zip(rows.texts, rows.lines) if not text.strip()]
     if empty:
         raise DataError(f"'{rows.source}': row {empty[0]} is empty")
-    task, logits, _ = _logits(run, rows, base, truncate, batch_size)
+    task, logits, _ = _logits(run, rows, base, truncate)
     result: list[Prediction] = []
     for text, row in zip(rows.texts, logits.softmax(-1).tolist()):
         best = max(range(len(row)), key=row.__getitem__)
@@ -105,7 +109,6 @@ def evaluate(
     *,
     base: Base | None = None,
     truncate: bool = False,
-    batch_size: int = 64,
 ) -> Evaluation:
     """Metrics of a run on labelled rows. DataError for labels it has not learned."""
     if rows.labels is None:
@@ -118,11 +121,11 @@ def evaluate(
     ]
     if unseen:
         raise DataError(listed(unseen, 5))
-    task, logits, labels = _logits(opened, rows, base, truncate, batch_size)
-    guess = logits.argmax(-1)
+    task, logits, tokens = _logits(opened, rows, base, truncate)
+    guess, labels = logits.argmax(-1), torch.tensor([label for (label,) in tokens.labels])
     per_label: dict[str, Any] = {}
     for k, label in enumerate(task.labels):
         true, said, hits = (labels == k).sum(), (guess == k).sum(), ((labels == k) & (guess == k)).sum()
         if int(true) or int(said):
             per_label[label] = {"rows": int(true), "predicted": int(said), "f1": 2 * int(hits) / int(true + said)}
-    return Evaluation(task.metrics(logits, labels), bootstrap((guess == labels).tolist()), len(rows), per_label)
+    return Evaluation(task.metrics(logits, tokens), bootstrap((guess == labels).tolist()), len(rows), per_label)

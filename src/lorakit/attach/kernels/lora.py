@@ -1,0 +1,192 @@
+"""Linear layers that read one input, and their pairs: `y_k = W_k x + bias_k + scale_k * b_k (a_k x)`, by hand.
+
+One autograd function for a single layer and for a group (q, k, v; gate, up). What it saves against the plain
+composition: no `(n, o)` temporary for the pair (it is added in place), no scaled copy, no separate input gradients to
+add up, and for the backward only `x` (once for the group) and the thin `s = x a^T`. All `a` of a group make one
+product.
+
+In float32 on a CPU two of the six thin products are saved by merging: `W + scale * b a` is made in the forward and
+again in the backward (nothing of its size is kept), which is less work once `n (i + o) > 2 i o`. Not in half precision:
+rounding the sum would lose most of a small delta.
+
+Factors are masters, usually float32; they are cast to the dtype of `x`, or were already (`Ready`), and their gradients
+are cast back. On a CPU the rank is padded to a multiple of 16 with zeros: narrower products run slower there.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.attach.kernels.products import Packed, input_gradient, linear
+
+_PAD = 16
+
+
+class Ready(NamedTuple):
+    """Factors of a group as the products take them: `a (sum of r, i)`, each `b (o, r)` with its scale in it."""
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+class Layer(NamedTuple):
+    """One layer of a group. `weight (o, i)`, `bias (o,)` or None, `a (r, i)`, `b (o, r)`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    packed: Packed | None = None
+
+
+def padded_rank(rank: int, device: torch.device) -> int:
+    """The rank as the products take it."""
+    return rank + -rank % _PAD if device.type == "cpu" else rank
+
+
+def ready(pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Ready:
+    """Factors cast, padded and joined; the scale goes into `b`."""
+    wide_a, wide_b = [], []
+    for a, b, scale in pairs:
+        short = padded_rank(a.shape[0], a.device) - a.shape[0]
+        wide_a.append(F.pad(a.to(dtype), (0, 0, 0, short)) if short else a.to(dtype))
+        b = b.to(dtype) if scale == 1 else (b * scale).to(dtype)
+        wide_b.append(F.pad(b, (0, short)) if short else b)
+    return Ready(wide_a[0] if len(wide_a) == 1 else torch.cat(wide_a), tuple(wide_b))
+
+
+def _pays_to_merge(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
+        return False
+    outs, i = sum(w.shape[0] for w in weights), x.shape[1]
+    return x.shape[0] * (i + outs) > 2 * i * outs
+
+
+def _merged(weights: Sequence[Tensor], now: Ready) -> Tensor:
+    """All `W + scale b a` of the group in one new matrix (sum of o, i)."""
+    whole = torch.empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=weights[0].dtype)
+    row = column = 0
+    for weight, b in zip(weights, now.b):
+        o, r = b.shape
+        torch.addmm(weight, b, now.a[column : column + r], out=whole[row : row + o])
+        row, column = row + o, column + r
+    return whole
+
+
+class _Group(torch.autograd.Function):
+    """Inputs: x, (scales, Ready or None, packed weights), then for each layer weight, bias, a, b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: Any, *tensors: Tensor) -> Any:
+        scales, given, packed = how
+        weights, biases, a, b = (tensors[k::4] for k in range(4))
+        now = given or ready(list(zip(a, b, scales)), x.dtype)
+        s = linear(x, now.a)
+        if _pays_to_merge(x, weights):
+            sizes = [w.shape[0] for w in weights]
+            parts = linear(x, _merged(weights, now), _joined_bias(biases, sizes, x)).split_with_sizes(sizes, 1)
+        else:
+            parts = tuple(_outputs(x, s, now, weights, biases, packed))
+        ctx.save_for_backward(x, s, *weights, *a, *b)
+        ctx.scales, ctx.given, ctx.packed = scales, given, packed
+        return parts if len(parts) > 1 else parts[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, s, *rest = ctx.saved_tensors
+        n = len(dys)
+        weights, a, b = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
+        widths = [part.shape[1] for part in now.b]
+        ds = torch.empty_like(s)
+        grads: list[Tensor | None] = [None, None]
+        for k, (dy, wide, thin, part) in enumerate(
+            zip(dys, now.b, s.split_with_sizes(widths, 1), ds.split_with_sizes(widths, 1))
+        ):
+            torch.mm(dy, wide, out=part)
+            need = ctx.needs_input_grad[4 * k + 2 : 4 * k + 6]
+            db = None
+            if need[3]:
+                db = (thin.T @ dy)[: a[k].shape[0]].T.to(b[k].dtype).mul_(ctx.scales[k])
+            grads += [dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None, None, db]
+        if any(ctx.needs_input_grad[4::4]):
+            for k, da in enumerate((ds.T @ x).split_with_sizes(widths)):
+                grads[4 * k + 4] = da[: a[k].shape[0]].to(a[k].dtype)
+        if ctx.needs_input_grad[0]:
+            if _pays_to_merge(x, weights):
+                grads[0] = input_gradient(_joined(dys), _merged(weights, now))
+            else:
+                dx = None
+                for dy, weight, packed in zip(dys, weights, ctx.packed):
+                    dx = input_gradient(dy, weight, packed, dx)
+                assert dx is not None
+                grads[0] = dx.addmm_(ds, now.a)
+        return tuple(grads)
+
+
+def _outputs(
+    x: Tensor,
+    s: Tensor,
+    now: Ready,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    packed: Sequence[Packed | None],
+) -> list[Tensor]:
+    """`W x + bias + b s` of every layer, the last term added in place."""
+    parts = [linear(x, *one) for one in zip(weights, biases, packed)]
+    for y, thin, b in zip(parts, s.split_with_sizes([part.shape[1] for part in now.b], 1), now.b):
+        y.addmm_(thin, b.T)
+    return parts
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices side by side: the one they are columns of, if they are; else a copy."""
+    first, total = parts[0], sum(part.shape[1] for part in parts)
+    if len(parts) == 1:
+        return first
+    place, size = first.data_ptr(), first.element_size()
+    for part in parts:
+        if part.data_ptr() != place or part.stride() != (total, 1):
+            return torch.cat(list(parts), 1)
+        place += part.shape[1] * size
+    return first.as_strided((first.shape[0], total), (total, 1))
+
+
+def _joined_bias(biases: Sequence[Tensor | None], sizes: Sequence[int], x: Tensor) -> Tensor | None:
+    if len(biases) == 1 or all(bias is None for bias in biases):
+        return biases[0]
+    return torch.cat([x.new_zeros(size) if bias is None else bias for bias, size in zip(biases, sizes)])
+
+
+def lora_group(x: Tensor, layers: Sequence[Layer], now: Ready | None = None) -> tuple[Tensor, ...]:
+    """The output of every layer, for `x (.., i)`; see the module. `now` spares the casts where they are at hand."""
+    flat = x.reshape(-1, x.shape[-1])
+    scales, packed = [layer.scale for layer in layers], [layer.packed for layer in layers]
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for layer in layers for t in layer[:4])
+    ):
+        tensors = [t for layer in layers for t in layer[:4]]
+        found = _Group.apply(flat, (scales, now, packed), *tensors)  # type: ignore[no-untyped-call]
+        parts = found if len(layers) > 1 else (found,)
+    else:
+        now = now or ready([layer[2:5] for layer in layers], x.dtype)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        parts = _outputs(flat, linear(flat, now.a), now, weights, biases, packed)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`F.linear(x, weight, bias) + scale * (x a^T) b^T` for `x (.., i)`, `weight (o, i)`, `a (r, i)`, `b (o, r)`.
+
+    >>> import torch
+    >>> x, w, a, b = torch.randn(5, 4), torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    >>> torch.allclose(lora_linear(x, w, None, a, b, 0.5), x @ (w + 0.5 * b @ a).T, atol=1e-5)
+    True
+    """
+    return lora_group(x, [Layer(weight, bias, a, b, scale)])[0]

@@ -1,0 +1,91 @@
+"""Our C functions: compiled once on this machine, with its own compiler and for its own processor, kept in a cache.
+
+`library()` gives them, or None where there is no compiler (or `LORAKIT_NATIVE=0` says so): whoever calls has a way in
+plain torch besides. They run on torch's own threads: torch's OpenMP library is loaded already, and its symbols are the
+first that the linker finds.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+_SOURCES = ("segments.c",)
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
+_TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None."""
+    return _loaded()[0]
+
+
+def reason() -> str:
+    """Why there are none; "" if they are there."""
+    return _loaded()[1]
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("LORAKIT_NATIVE", "1") == "0":
+        return None, "switched off by LORAKIT_NATIVE=0"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "no C compiler (cc, gcc or clang) was found"
+    text = "".join(resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
+    try:
+        return ctypes.CDLL(str(_built(text, compiler))), ""
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", "") or str(error)
+        return None, f"{compiler} could not build them: {told.strip().splitlines()[-1] if told.strip() else error!r}"
+
+
+def _built(text: str, compiler: str) -> Path:
+    """The shared library for this text, compiler and processor; built if it is not in the cache."""
+    key = hashlib.sha256("\n".join([text, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
+    folder = _cache_folder()
+    target = folder / f"{key}.so"
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source, made = Path(work) / "lorakit.c", Path(work) / "lorakit.so"
+        source.write_text(text, encoding="utf-8")
+        for number, extra in enumerate(_TRIES, 1):
+            command = [*compiler.split(), *_FLAGS, *extra, str(source), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=number == len(_TRIES))
+            if done.returncode == 0:
+                break
+        os.replace(made, target)
+    return target
+
+
+def _cache_folder() -> Path:
+    """A folder that nobody but this user can write to, for what is loaded from it runs as code."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "lorakit"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        mine = not hasattr(os, "getuid") or (state.st_uid == os.getuid() and not state.st_mode & 0o022)
+        if mine and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lorakit-"))
+
+
+def _processor() -> str:
+    """What `-march=native` would see: a home directory may be shared by unlike machines."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            lines = [line for line in stream if line.startswith(("model name", "flags", "Features", "CPU part"))]
+        return "".join(dict.fromkeys(lines))
+    except OSError:
+        return platform.processor() + platform.machine()

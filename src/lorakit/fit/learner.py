@@ -1,0 +1,160 @@
+"""One optimizer step, exactly: passes of bounded size, a loss over all labels of the step, a clipped AdamW step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach import recorded, refuse_unseen
+from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches
+from lorakit.errors import FitError, NoEffectError
+from lorakit.fit.settings import Settings
+from lorakit.tasks.task import Task
+from lorakit.trunk import Trunk
+from lorakit.trunk.flat import Flat
+
+
+class Step(NamedTuple):
+    """What one optimizer step saw: mean loss of its labels, norm of its gradient before clipping, tokens."""
+
+    loss: float
+    gradient_norm: float
+    n_tokens: int
+
+
+class Learner:
+    """What learns, and how: the trainable parameters in one buffer, their optimizer, and the trunk they act in."""
+
+    def __init__(self, model: nn.Module, task: Task, trunk: Trunk, settings: Settings) -> None:
+        self.model, self.task, self.trunk, self.settings = model, task, trunk, settings
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not learning:
+            raise FitError("nothing in the model requires a gradient, so there is nothing to train")
+        for parameter in learning.values():
+            parameter.data = parameter.data.float()  # masters; the layers cast them to what they compute in
+        outer = {name for name in learning if name.endswith(".b")} if settings.lora_plus != 1 else set()
+        groups = [{n: p for n, p in learning.items() if (n in outer) is chosen} for chosen in (False, True)]
+        self.flat = Flat([group for group in groups if group])
+        self.faster = [float(settings.lora_plus) if next(iter(g)) in outer else 1.0 for g in groups if g]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [flat]} for flat in self.flat.parameters],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.999),
+            fused=True,
+        )
+        self.ema = self.flat.values.clone() if settings.ema else None
+        trunk.refresh()
+
+    def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
+        """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
+        n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
+        self.flat.clear()
+        for part in passes(tokens, indices, self.settings.tokens_per_pass):
+            batch = gather(tokens, part)
+            loss = self._loss(batch) / max(1, n_labels)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FitError(f"the loss is {value} {self._where(tokens, part)}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            total, n_tokens = total + value, n_tokens + batch.n_tokens
+        norm = float(self.flat.clip(self.settings.clip))
+        if not math.isfinite(norm):
+            raise FitError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")
+        for group, faster in zip(self.optimizer.param_groups, self.faster):
+            group["lr"] = rate * faster
+        self.optimizer.step()
+        self.trunk.refresh()
+        if self.ema is not None:
+            self.ema.lerp_(self.flat.values, 1 - self.settings.ema)
+        return Step(total, norm, n_tokens)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return self.task.loss(self.model, self.trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
+
+    @torch.no_grad()
+    def _where(self, tokens: Tokens, indices: Sequence[int]) -> str:
+        """The rows that alone give no finite loss; all of the batch if each does."""
+        alone = [i for i in indices if not bool(torch.isfinite(self._loss(gather(tokens, [i]))))]
+        lines = sorted(tokens.lines[i] for i in alone or indices)
+        named = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
+        return f"by row {named} alone" if len(alone) == 1 else f"in the {'' if alone else 'batch of '}rows {named}"
+
+    def probe(self, tokens: Tokens, indices: Sequence[int]) -> None:
+        """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
+        batch = gather(tokens, passes(tokens, indices, self.settings.tokens_per_pass)[-1])
+        with recorded(self.model) as unseen:
+            loss = self._loss(batch)
+        refuse_unseen(self.model, unseen)
+        learning = self.flat.named
+        gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+        idle = [name for name, gradient in zip(learning, gradients) if gradient is None]
+        if idle:
+            raise NoEffectError(
+                f"{len(idle)} of {len(learning)} trainable tensors do not reach the loss, e.g. '{idle[0]}'; "
+                "take their layers out of the plan"
+            )
+
+    def evaluate(self, tokens: Tokens) -> dict[str, float]:
+        """Metrics on rows, by the averaged parameters if there are any."""
+        if self.ema is None:
+            return self.task.metrics(scores_of(self.model, self.task, self.trunk, tokens, self.settings), tokens)
+        now = self.flat.values.clone()
+        self.load(self.ema)
+        try:
+            return self.task.metrics(scores_of(self.model, self.task, self.trunk, tokens, self.settings), tokens)
+        finally:
+            self.load(now)
+
+    def best(self) -> Tensor:
+        """A copy of the parameters that are evaluated, flat."""
+        return (self.flat.values if self.ema is None else self.ema).clone()
+
+    @torch.no_grad()
+    def load(self, values: Tensor) -> None:
+        """Puts other values, flat, in place of all that learns."""
+        self.flat.values.copy_(values)
+        self.trunk.refresh()
+
+    def memory(self) -> dict[str, Tensor]:
+        """Everything beside the data that the next step depends on, by name."""
+        tensors = {"now": self.flat.values}
+        if self.ema is not None:
+            tensors["ema"] = self.ema
+        for k, flat in enumerate(self.flat.parameters):
+            tensors |= {f"{key}:{k}": value for key, value in self.optimizer.state[flat].items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `memory`."""
+        self.load(tensors["now"])
+        if self.ema is not None:
+            self.ema.copy_(tensors["ema"])
+        for k, flat in enumerate(self.flat.parameters):
+            memory: dict[str, Any] = {}
+            for key, value in tensors.items():
+                name, _, number = key.partition(":")
+                if number == str(k):
+                    memory[name] = value.clone()
+            self.optimizer.state[flat] = memory
+
+    def release(self) -> None:
+        """Gives the parameters their own memory again."""
+        self.flat.release()
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings) -> Tensor:
+    """The task's scores of every text, in the order of the rows: `(rows, k)`."""
+    found: list[Tensor] = []
+    order: list[int] = []
+    for batch in plain_batches(tokens, settings.tokens_per_pass):
+        hidden = trunk.hidden(batch.ids, batch.segments, batch.reads)
+        found.append(task.scores(model, hidden, batch).float().cpu())
+        order.extend(batch.indices)
+    scores = torch.cat(found)
+    result = torch.empty_like(scores)
+    result[order] = scores
+    return result

@@ -1,0 +1,169 @@
+"""A model with an adapter, run fast while it is trained or used: packed, in half precision, its layers in groups.
+
+Nothing of the model's code is changed. What is done to it on entering is undone on leaving, bit for bit.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.groups import Groups, inputs_recorded, make_groups
+from lorakit.attach.slots import find_home, switch_of
+from lorakit.errors import UsageError, nearest
+from lorakit.trunk.lean import Lean
+from lorakit.trunk.memory import keep_freed_memory
+from lorakit.trunk.packing import CannotPackError, packed
+from lorakit.trunk.segments import Segments, inside
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TRIAL = (7, 3)  # tokens of the two short texts that packing is proved on
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """ "auto" -> "bf16" where the processor multiplies it faster than fp32, else "fp32"."""
+    if name not in (*DTYPES, "auto"):
+        raise UsageError(f"unknown dtype '{name}'{nearest(name, [*DTYPES, 'auto'])}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, check, bool)() for check in fast) else "fp32"
+
+
+class Trunk:
+    """Hidden states of texts from a Transformers trunk, with whatever adapter is active on it.
+
+    `dtype` "bf16" or "fp32" is what frozen weights and activations are in meanwhile; what learns stays as it is, and so
+    does the child module `head`, which is the caller's to run.
+    `pad` fills rows where the model cannot be packed; `why_padded` then says why, else it is "".
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: str = "fp32", pad: int = 0, head: str = "", pack: bool = True
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.dtype = DTYPES[dtype]
+        self.pad = pad
+        self.why_padded = ""
+        self.groups: Groups | None = None
+        self._offset = 0
+        self._pack = pack
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Trunk":
+        with ExitStack() as stack:
+            keep_freed_memory()
+            self._begin_packing(stack)  # proved in the dtype that the model came in
+            self._cast(stack)
+            self._begin_groups(stack)
+            stack.callback(Lean(self.model).release)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def hidden(self, ids: Tensor, segments: Segments, reads: Tensor | None = None) -> Tensor:
+        """Last hidden state of every token, `ids (tokens,)` -> `(tokens, d)`; or only of those at `reads`."""
+        state = self._padded(ids, segments) if self.why_padded else self._packed(ids, segments)
+        return state if reads is None else state[reads.to(state.device)]
+
+    def refresh(self) -> None:
+        """Takes over changed factors; to be called after every step."""
+        if self.groups is not None:
+            self.groups.refresh()
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _packed(self, ids: Tensor, segments: Segments) -> Tensor:
+        device = self._device()
+        positions = (segments.positions() + self._offset).to(device)[None]
+        with inside(segments):
+            state: Tensor = self.model(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
+        return state.squeeze(0)
+
+    def _padded(self, ids: Tensor, segments: Segments) -> Tensor:
+        rows, mask = (x.to(self._device()) for x in segments.padded(ids, self.pad))
+        state: Tensor = self.model(input_ids=rows, attention_mask=mask).last_hidden_state
+        return state[mask.bool()]
+
+    def _cast(self, stack: ExitStack) -> None:
+        """Frozen weights and buffers in the dtype; the originals come back on leaving."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        stack.callback(_put_back, kept)
+        for path, module in self.model.named_modules():
+            if self.head and (path == self.head or path.startswith(self.head + ".")):
+                continue
+            added = getattr(module, "added_by_lorakit", False)
+            for tensor in [*module._parameters.values(), *module._buffers.values()]:
+                if tensor is None or added or not tensor.is_floating_point():
+                    continue
+                if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.dtype != self.dtype:
+                    kept.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(self.dtype)
+
+    def _begin_packing(self, stack: ExitStack) -> None:
+        """Packs the rows if packed equals padded on two short texts."""
+        if not self._pack:
+            self.why_padded = "it was asked for"
+            return
+        segments, ids = self._trial()
+        with torch.no_grad():
+            wanted = self._padded(ids, segments)
+            attempt = ExitStack()
+            try:
+                attempt.enter_context(packed(self.model))
+                self._prove(ids, segments, wanted)
+            except CannotPackError as error:
+                attempt.close()
+                self.why_padded = str(error)
+                return
+            except BaseException:
+                attempt.close()
+                raise
+        stack.push(attempt.pop_all())
+
+    def _trial(self) -> tuple[Segments, Tensor]:
+        """Two short texts of unlike length, without the padding token."""
+        vocabulary = int(getattr(self.model.config, "vocab_size", 2))
+        known = [token for token in range(vocabulary) if token != self.pad]
+        return Segments.of(_TRIAL), torch.tensor([known[(2 + 5 * k) % len(known)] for k in range(sum(_TRIAL))])
+
+    def _prove(self, ids: Tensor, segments: Segments, wanted: Tensor) -> None:
+        padding = getattr(self.model.config, "pad_token_id", None)
+        offsets = [0] if padding is None else [0, int(padding) + 1]  # RoBERTa counts from behind its padding
+        error = float("inf")
+        for offset in offsets:
+            self._offset = offset
+            try:
+                found = self._packed(ids, segments)
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as fault:
+                raise CannotPackError(f"it does not take packed rows ({str(fault).splitlines()[0]})") from None
+            size = float(wanted.float().abs().max())
+            error = float((found.float() - wanted.float()).abs().max()) / max(size, 1e-6)
+            if error <= _TOLERANCE[wanted.dtype]:
+                return
+        raise CannotPackError(f"packed rows differ from padded ones by {error:.1e} of the largest value")
+
+    def _begin_groups(self, stack: ExitStack) -> None:
+        if find_home(self.model) is None:
+            return
+        switch = switch_of(self.model)
+        if len(switch.active) != 1:
+            return
+        segments, ids = self._trial()
+        with torch.no_grad(), inputs_recorded(self.model) as calls:
+            self.hidden(ids, segments)
+        self.groups = make_groups(self.model, switch.active[0], calls, self.dtype)
+        stack.callback(self.groups.release)
+
+
+def _put_back(kept: list[tuple[Any, Tensor]]) -> None:
+    for tensor, original in kept:
+        tensor.data = original
