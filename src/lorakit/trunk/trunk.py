@@ -47,6 +47,7 @@ class Trunk:
     ) -> None:
         self.model = model
         self.head = head
+        self._body: nn.Module = getattr(model, "base_model", model)  # of a causal LM, what comes before its head
         self.dtype = DTYPES[dtype]
         self.pad = pad
         self.why_padded = ""
@@ -85,12 +86,12 @@ class Trunk:
         device = self._device()
         positions = (segments.positions() + self._offset).to(device)[None]
         with inside(segments):
-            state: Tensor = self.model(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
+            state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
         return state.squeeze(0)
 
     def _padded(self, ids: Tensor, segments: Segments) -> Tensor:
         rows, mask = (x.to(self._device()) for x in segments.padded(ids, self.pad))
-        state: Tensor = self.model(input_ids=rows, attention_mask=mask).last_hidden_state
+        state: Tensor = self._body(input_ids=rows, attention_mask=mask).last_hidden_state
         return state[mask.bool()]
 
     def _cast(self, stack: ExitStack) -> None:

@@ -1,0 +1,193 @@
+"""The trunk against the plain model: packed equals padded, on every architecture; what it changes it puts back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import lorakit as lk
+from lorakit.trunk import Segments, Trunk
+from lorakit.trunk import trunk as trunk_module
+from lorakit.trunk.flat import Flat
+from tiny import MODELS, distilbert, roberta
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+
+
+def qwen2() -> nn.Module:
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**SIZES))
+
+
+def qwen3() -> nn.Module:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, head_dim=8))
+
+
+def gemma() -> nn.Module:
+    return tf.GemmaForCausalLM(tf.GemmaConfig(**SIZES, head_dim=8))
+
+
+def gemma2() -> nn.Module:
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, head_dim=8))
+
+
+def t5_encoder() -> nn.Module:
+    config = tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40, dropout_rate=0.0)
+    return tf.T5EncoderModel(config)
+
+
+PACKED: dict[str, Callable[[], nn.Module]] = {
+    "bert": MODELS["bert"],
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "gpt2": MODELS["gpt2"],
+    "llama": MODELS["llama"],
+    "mixtral": MODELS["mixtral"],
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+}
+PADDED: dict[str, Callable[[], nn.Module]] = {"gemma2": gemma2, "t5": t5_encoder}
+LENGTHS = (5, 1, 9, 3)
+
+
+def model_of(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = make().eval()
+    body: nn.Module = getattr(model, "base_model", model)
+    for name, parameter in body.named_parameters():  # attention that depends on what it sees
+        if parameter.ndim == 2 and "embed" not in name and "position" not in name:
+            parameter.data.mul_(8)
+    return body
+
+
+def texts(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Segments]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(3, 40, (sum(lengths),), generator=g), Segments.of(lengths)
+
+
+def alone(model: nn.Module, ids: Tensor, segments: Segments) -> Tensor:
+    """Every text by itself, through the model as Transformers runs it."""
+    states = [model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(segments.lengths.tolist())]
+    return torch.cat(states)
+
+
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+def test_hidden_states_are_those_of_every_text_alone(name: str) -> None:
+    model = model_of({**PACKED, **PADDED}[name])
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    perturb(model)
+    ids, segments = texts()
+    with torch.no_grad():
+        expected = alone(model, ids, segments)
+        with Trunk(model) as trunk:
+            assert bool(trunk.why_padded) == (name in PADDED), trunk.why_padded
+            found = trunk.hidden(ids, segments)
+            some = trunk.hidden(ids, segments, torch.tensor([0, 7]))
+        again = alone(model, ids, segments)
+    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert torch.allclose(some, found[[0, 7]])
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_gradients_are_those_of_every_text_alone(name: str) -> None:
+    model = model_of(PACKED[name])
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    perturb(model)
+    ids, segments = texts()
+    weights = torch.randn(int(segments.n_tokens), 16, generator=torch.Generator().manual_seed(2))
+    expected = gradients(model, (alone(model, ids, segments) * weights).sum())
+    with Trunk(model) as trunk:
+        found = gradients(model, (trunk.hidden(ids, segments) * weights).sum())
+    size = max(float(g.abs().max()) for g in expected.values())
+    for key, gradient in expected.items():
+        assert float((found[key] - gradient).abs().max()) < 1e-4 * size, key
+
+
+def perturb(model: nn.Module) -> None:
+    g = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)  # BERT's pooler is not asked
+    return {name: g for name, g in zip(learning, found) if g is not None}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_everything_is_put_back(dtype: str) -> None:
+    model = model_of(MODELS["gpt2"])
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    before = {name: (t.data_ptr(), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    state = {name: set(module.__dict__) for name, module in model.named_modules()}
+    config: Any = model.config
+    settings = config.to_dict()
+    with Trunk(model, dtype=dtype) as trunk:
+        assert trunk.hidden(*texts()).dtype == trunk.dtype
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor.data_ptr() == before[name][0], name
+        assert torch.equal(tensor, before[name][1]), name
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == state
+    assert config.to_dict() == settings
+    assert all(slot.group is None for slot in model.modules() if hasattr(slot, "group"))
+
+
+def test_half_precision_stays_near_the_full_one() -> None:
+    model = model_of(MODELS["bert"])
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    perturb(model)
+    with torch.no_grad():
+        with Trunk(model) as trunk:
+            exact = trunk.hidden(*texts())
+        with Trunk(model, dtype="bf16") as trunk:
+            near = trunk.hidden(*texts()).float()
+    assert 0 < float((near - exact).abs().max()) < 0.1  # layer norm: values of size 1 to 3, eight bits each
+
+
+def test_a_model_whose_packed_rows_differ_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(MODELS["bert"])
+    monkeypatch.setattr(trunk_module.Segments, "positions", lambda self: torch.arange(self.n_tokens))
+    with torch.no_grad(), Trunk(model) as trunk:
+        assert "differ" in trunk.why_padded
+        ids, segments = texts()
+        assert torch.allclose(trunk.hidden(ids, segments), alone(model, ids, segments), atol=1e-5)
+
+
+def test_queries_keys_and_values_are_found_to_read_one_input() -> None:
+    model = model_of(MODELS["llama"])
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    with Trunk(model) as trunk:
+        assert trunk.groups is not None
+        named = [[slot.path.rpartition(".")[2] for _, slot, _ in group.members] for group in trunk.groups.groups]
+    assert named == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_parameters_in_one_buffer_are_the_same_parameters() -> None:
+    one, two = nn.Parameter(torch.arange(6.0).view(2, 3)), nn.Parameter(torch.ones(4))
+    flat = Flat([{"one": one}, {"two": two}])
+    (one.square().sum() + 3 * two.sum()).backward()
+    assert torch.equal(flat.gradients, torch.tensor([0.0, 2, 4, 6, 8, 10, 3, 3, 3, 3]))
+    norm = flat.clip(1.0)
+    assert norm == torch.linalg.vector_norm(torch.tensor([0.0, 2, 4, 6, 8, 10, 3, 3, 3, 3]))
+    assert torch.allclose(torch.linalg.vector_norm(flat.gradients), torch.tensor(1.0), atol=1e-6)
+    with torch.no_grad():
+        flat.parameters[1].add_(1)
+    assert torch.equal(two, torch.full((4,), 2.0))
+    flat.release()
+    assert one.grad is None
+    assert one.untyped_storage().nbytes() == 24
