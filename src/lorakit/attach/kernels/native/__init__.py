@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-_SOURCES = ("segments.c",)
+_SOURCES = ("lanes.h", "segments.c", "labels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
 
@@ -39,26 +39,28 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None, "no C compiler (cc, gcc or clang) was found"
-    text = "".join(resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
+    texts = {name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in _SOURCES}
     try:
-        return ctypes.CDLL(str(_built(text, compiler))), ""
+        return ctypes.CDLL(str(_built(texts, compiler))), ""
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", "") or str(error)
         return None, f"{compiler} could not build them: {told.strip().splitlines()[-1] if told.strip() else error!r}"
 
 
-def _built(text: str, compiler: str) -> Path:
-    """The shared library for this text, compiler and processor; built if it is not in the cache."""
-    key = hashlib.sha256("\n".join([text, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
+def _built(texts: dict[str, str], compiler: str) -> Path:
+    """The shared library for these texts, compiler and processor; built if it is not in the cache."""
+    key = hashlib.sha256("\n".join([*texts.values(), compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
     folder = _cache_folder()
     target = folder / f"{key}.so"
     if target.is_file():
         return target
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        source, made = Path(work) / "lorakit.c", Path(work) / "lorakit.so"
-        source.write_text(text, encoding="utf-8")
+        made = Path(work) / "lorakit.so"
+        for name, text in texts.items():
+            (Path(work) / name).write_text(text, encoding="utf-8")
+        sources = [str(Path(work) / name) for name in texts if name.endswith(".c")]
         for number, extra in enumerate(_TRIES, 1):
-            command = [*compiler.split(), *_FLAGS, *extra, str(source), "-o", str(made), "-lm"]
+            command = [*compiler.split(), *_FLAGS, *extra, *sources, "-o", str(made), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=number == len(_TRIES))
             if done.returncode == 0:
                 break

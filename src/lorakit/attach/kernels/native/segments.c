@@ -6,45 +6,14 @@
  *
  * A tensor is given by its first element and two strides, in elements: from token to token and from head to head.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#define LANES 16
 #define ROWS 32 /* query rows of one block */
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2)));
 
 typedef struct {
     void *first;
     int64_t token, head;
 } View;
-
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec x) { *(vec *)p = x; }
-static inline vec splat(float x) { return x - (vec){0}; }
-static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-/* exp to 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (Cephes). Below -87 it is 0. */
-static inline vec exp_of(vec x) {
-    ivec keep = ~(x <= -87.0f); /* NaN stays NaN */
-    x = (vec)((ivec)x & keep);
-    vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23 rounds to the nearest whole number */
-    vec n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & keep);
-}
 
 /* Rows first .. first + n of a view as float32 rows of `width` numbers, zeros behind the `d` that there are. */
 static void read_rows(const View *x, int64_t first, int64_t n, int64_t head, int half, int64_t d, int64_t width,
@@ -55,13 +24,8 @@ static void read_rows(const View *x, int64_t first, int64_t n, int64_t head, int
         if (half) {
             const uint16_t *from = (const uint16_t *)x->first + offset;
             for (; j + LANES <= d; j += LANES)
-                store(row + j, (vec)(__builtin_convertvector(*(const hvec *)(from + j), uvec) << 16) * scale);
-            for (; j < d; j++) {
-                uint32_t bits = (uint32_t)from[j] << 16;
-                float value;
-                memcpy(&value, &bits, 4);
-                row[j] = value * scale;
-            }
+                store(row + j, widen(from + j) * scale);
+            for (; j < d; j++) row[j] = widened(from[j]) * scale;
         } else {
             const float *from = (const float *)x->first + offset;
             for (; j + LANES <= d; j += LANES) store(row + j, load(from + j) * scale);
@@ -71,13 +35,6 @@ static void read_rows(const View *x, int64_t first, int64_t n, int64_t head, int
     }
 }
 
-static inline uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 static void write_rows(const View *x, int64_t first, int64_t n, int64_t head, int half, int64_t d, int64_t width,
                        float scale, const float *in) {
     for (int64_t i = 0; i < n; i++) {
@@ -85,14 +42,7 @@ static void write_rows(const View *x, int64_t first, int64_t n, int64_t head, in
         const float *row = in + i * width;
         if (half) {
             uint16_t *to = (uint16_t *)x->first + offset;
-            for (; j + LANES <= d; j += LANES) {
-                vec value = load(row + j) * scale;
-                uvec bits = (uvec)value;
-                uvec up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-                ivec fine = value == value; /* rounding would turn some NaN into infinity */
-                up = (up & (uvec)fine) | (0x7fc0 & ~(uvec)fine);
-                *(hvec *)(to + j) = __builtin_convertvector(up, hvec);
-            }
+            for (; j + LANES <= d; j += LANES) narrow(to + j, load(row + j) * scale);
             for (; j < d; j++) to[j] = rounded(row[j] * scale);
         } else {
             float *to = (float *)x->first + offset;

@@ -1,0 +1,76 @@
+"""The loss of an output head against torch's cross-entropy in float64, in one chunk and in several."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.attach.kernels import labels as kernel
+
+
+@pytest.fixture(params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    monkeypatch.setattr(kernel, "rows_at_once", lambda n: 32)
+    return str(request.param)
+
+
+def tensors(n: int, d: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n)
+    hidden, weight = (torch.randn(size, generator=g).to(dtype) for size in ((n, d), (o, d)))
+    return hidden, weight, torch.randint(o, (n,), generator=g), torch.randn(o, generator=g).to(dtype)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "d", "o"), [(1, 8, 5), (70, 16, 37), (32, 24, 64), (65, 8, 1000)])
+def test_loss_and_gradient_are_those_of_cross_entropy(
+    way: str, n: int, d: int, o: int, dtype: torch.dtype, biased: bool
+) -> None:
+    hidden, weight, labels, bias = tensors(n, d, o, dtype)
+    c = bias if biased else None
+    hidden.requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    logits = F.linear(exact, weight.double(), None if c is None else c.double())
+    loss = kernel.label_loss(hidden, weight, labels, c)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    (loss * 0.5).backward()
+    (expected * 0.5).backward()
+    near = 1e-5 if dtype == torch.float32 else 0.02  # logits of size 10 rounded to 8 bits
+    assert abs(float(loss.detach()) / float(expected.detach()) - 1) < near
+    size = float(exact.grad.abs().max())  # type: ignore[union-attr]
+    assert float((hidden.grad.double() - exact.grad).abs().max()) < (1e-5 if dtype == torch.float32 else 0.05) * size  # type: ignore[union-attr]
+    scores = kernel.label_scores(hidden.detach(), weight, labels, c)
+    assert torch.allclose(scores[:, 0].sum(), loss.detach(), rtol=1e-5)
+    if dtype == torch.float32:
+        assert torch.equal(scores[:, 1].bool(), logits.argmax(1) == labels)
+
+
+def test_a_head_that_learns_gets_its_gradient(way: str) -> None:
+    hidden, weight, labels, _ = tensors(40, 8, 20, torch.float32)
+    weight.requires_grad_()
+    found = torch.autograd.grad(kernel.label_loss(hidden, weight, labels), weight)[0]
+    wanted = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), weight)[0]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_numbers_that_are_none_are_seen(way: str) -> None:
+    hidden, weight, labels, _ = tensors(3, 8, 40, torch.float32)
+    hidden[1, 2] = float("nan")
+    assert kernel.label_scores(hidden, weight, labels)[:, 0].isnan().tolist() == [False, True, False]
+
+
+def test_no_row_at_all_is_a_loss_of_zero(way: str) -> None:
+    hidden, weight, labels, _ = tensors(4, 8, 20, torch.float32)
+    none = hidden[:0].requires_grad_()
+    loss = kernel.label_loss(none, weight, labels[:0])
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert kernel.label_scores(hidden[:0], weight, labels[:0]).shape == (0, 2)
+
+
+def test_a_label_outside_the_head_is_refused() -> None:
+    hidden, weight, labels, _ = tensors(4, 8, 20, torch.float32)
+    with pytest.raises(IndexError, match=r"outside 0 \.\. 19"):
+        kernel.label_loss(hidden, weight, labels + 20)
