@@ -308,3 +308,43 @@ def test_rows_can_come_from_parquet(place, base):
     pyarrow.parquet.write_table(pyarrow.table({"text": rows.texts, "label": rows.labels}), place / "data.parquet")
     result = lk.fit(base, place / "data.parquet", **{**QUICK, "epochs": 1})
     assert result.summary["rows"]["train"] == 144
+
+
+def test_a_cached_prefix_gives_the_run_without_one(place, base, data):
+    plan = lk.plan(base.model, rank=2, blocks="last 1")
+    plain = lk.fit(base, data, plan=plan, prefix="off", **{**QUICK, "epochs": 3, "dtype": "fp32"})
+    assert plain.summary["prefix"] == "off"
+    for where in ("memory", "file"):
+        cached = lk.fit(
+            base, data, plan=plan, prefix=where, out=place / f"pre_{where}", **QUICK | {"epochs": 3, "dtype": "fp32"}
+        )
+        assert cached.summary["prefix"].startswith("1 of 2 blocks")
+        assert not list((place / f"pre_{where}").glob("prefix_*"))
+        losses = [[r["loss"] for r in run.records] for run in (plain, cached)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_prefix_that_finds_no_room_is_left_out_and_said(place, base, data, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    plan = lk.plan(base.model, rank=2, blocks="last 1")
+    run = lk.fit(base, data, plan=plan, prefix="file", out=place / "full", **{**QUICK, "epochs": 2})
+    assert "No space left" in run.summary["prefix"]
+    assert not list((place / "full").glob("prefix_*"))
+
+
+def test_passes_of_any_size_make_the_same_step(base, data):
+    runs = [lk.fit(base, data, tokens_per_pass=n, **{**QUICK, "epochs": 2, "dtype": "fp32"}) for n in (1, 20, 4096)]
+    losses = [[r["loss"] for r in run.records] for run in runs]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"ema": 0.9}, {"lora_plus": 4.0}, {"schedule": "linear"}, {"schedule": "constant"}]
+)
+def test_other_ways_to_learn_learn(base, data, setting):
+    found = lk.fit(base, data, **QUICK, **setting)
+    assert found.metrics["accuracy"] > 0.6

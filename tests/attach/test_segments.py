@@ -63,6 +63,21 @@ def test_output_and_gradients_are_those_of_attention_in_each_segment(
         assert float((one.double() - other).detach().abs().max()) < bound
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_some_rows_may_ask_for_themselves(way: str, causal: bool) -> None:
+    q, k, v, starts = tensors((5, 1, 40, 9), 4, 2, 16, torch.float32)
+    places = torch.tensor([0, 4, 1, 2, 30, 0, 8])  # two in the first text, none in the second, three in the third
+    rows = places + torch.tensor([0, 0, 6, 6, 6, 46, 46])
+    asking = kernel.Asking(torch.tensor([0, 2, 2, 5, 7]), places)
+    leaves, others = ([x.detach().clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    found = kernel.segment_attention(leaves[0][:, rows], *leaves[1:], starts, 0.25, causal, asking)
+    expected = kernel.segment_attention(*others, starts, 0.25, causal)[:, rows]
+    assert torch.allclose(found, expected, atol=1e-6)
+    dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, others, dy)):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_gradients_of_joined_inputs_are_columns_of_one_matrix() -> None:
     q, k, v, starts = tensors((5, 9), 2, 2, 16, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

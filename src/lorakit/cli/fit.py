@@ -30,6 +30,7 @@ _SETTINGS = {
     "lora-plus": (float, "how much faster the factors b learn (LoRA+), 1 for equally"),
     "ema": (float, "decay of an average of the parameters to evaluate and keep, 0 for none"),
     "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result"),
+    "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
 }
 
@@ -150,6 +151,7 @@ def _report(summary: dict[str, Any], out: str) -> str:
             f"training           {summary['steps']} steps in {summary['train_s']:.0f} s, "
             f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads in {summary['dtype']}; "
             f"{summary['total_s']:.0f} s in all",
+            *([f"frozen prefix      {summary['prefix']}"] if not summary["prefix"].startswith("off") else []),
             *([f"padded             {summary['padded']}"] if summary["padded"] else []),
             f"kept               epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
             f"{'; stopped early, no better one came' if summary['stopped_early'] else ''}",

@@ -1,7 +1,8 @@
 """One optimizer step, exactly: passes of bounded size, a loss over all labels of the step, a clipped AdamW step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from lorakit.fit.settings import Settings
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk
 from lorakit.trunk.flat import Flat
+from lorakit.trunk.memory import available_memory
+from lorakit.trunk.prefix import Prefix
 
 
 class Step(NamedTuple):
@@ -46,6 +49,7 @@ class Learner:
             fused=True,
         )
         self.ema = self.flat.values.clone() if settings.ema else None
+        self.prefixes: dict[int, Prefix] = {}  # by the id of their Tokens
         trunk.refresh()
 
     def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
@@ -54,7 +58,7 @@ class Learner:
         self.flat.clear()
         for part in passes(tokens, indices, self.settings.tokens_per_pass):
             batch = gather(tokens, part)
-            loss = self._loss(batch) / max(1, n_labels)
+            loss = self._loss(batch, tokens) / max(1, n_labels)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise FitError(f"the loss is {value} {self._where(tokens, part)}")
@@ -71,13 +75,17 @@ class Learner:
             self.ema.lerp_(self.flat.values, 1 - self.settings.ema)
         return Step(total, norm, n_tokens)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        return self.task.loss(self.model, self.trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
+    def _hidden(self, batch: Batch, tokens: Tokens) -> Tensor:
+        prefix = self.prefixes.get(id(tokens))
+        return self.trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
+
+    def _loss(self, batch: Batch, tokens: Tokens) -> Tensor:
+        return self.task.loss(self.model, self._hidden(batch, tokens), batch)
 
     @torch.no_grad()
     def _where(self, tokens: Tokens, indices: Sequence[int]) -> str:
         """The rows that alone give no finite loss; all of the batch if each does."""
-        alone = [i for i in indices if not bool(torch.isfinite(self._loss(gather(tokens, [i]))))]
+        alone = [i for i in indices if not bool(torch.isfinite(self._loss(gather(tokens, [i]), tokens)))]
         lines = sorted(tokens.lines[i] for i in alone or indices)
         named = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         return f"by row {named} alone" if len(alone) == 1 else f"in the {'' if alone else 'batch of '}rows {named}"
@@ -86,7 +94,7 @@ class Learner:
         """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
         batch = gather(tokens, passes(tokens, indices, self.settings.tokens_per_pass)[-1])
         with recorded(self.model) as unseen:
-            loss = self._loss(batch)
+            loss = self._loss(batch, tokens)
         refuse_unseen(self.model, unseen)
         learning = self.flat.named
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
@@ -99,14 +107,43 @@ class Learner:
 
     def evaluate(self, tokens: Tokens) -> dict[str, float]:
         """Metrics on rows, by the averaged parameters if there are any."""
-        if self.ema is None:
-            return self.task.metrics(scores_of(self.model, self.task, self.trunk, tokens, self.settings), tokens)
         now = self.flat.values.clone()
-        self.load(self.ema)
+        if self.ema is not None:
+            self.load(self.ema)
         try:
-            return self.task.metrics(scores_of(self.model, self.task, self.trunk, tokens, self.settings), tokens)
+            prefix = self.prefixes.get(id(tokens))
+            return self.task.metrics(
+                scores_of(self.model, self.task, self.trunk, tokens, self.settings, prefix), tokens
+            )
         finally:
-            self.load(now)
+            if self.ema is not None:
+                self.load(now)
+
+    def keep_prefix(self, parts: Mapping[str, Tokens], place: Path | None) -> str:
+        """Lets the frozen blocks run once for every text; says what is kept, and where, or why not."""
+        wish, depth = self.settings.prefix, self.trunk.depth
+        if wish == "off" or depth == 0:
+            return "off" if depth else "off: something learns in the first block"
+        if self.settings.epochs == 1:
+            return "off: every row is seen once"
+        size = sum(self.trunk.prefix_size(tokens.lengths) for tokens in parts.values())
+        told = f"{depth} of {self.trunk.n_blocks} blocks, {size / 2**20:,.0f} MiB"
+        in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory())
+        if not in_memory and place is None:
+            return f"off: {told} do not fit in memory, and the run has no directory"
+        try:
+            for name, tokens in parts.items():
+                file = None if in_memory or place is None else place / f"prefix_{name}.bin"
+                self.prefixes[id(tokens)] = self.trunk.prefix(tokens.lengths, file)
+        except (OSError, RuntimeError) as error:  # no room: training goes on without it
+            self._drop_prefixes()
+            return f"off: {told} found no room ({error})"
+        return f"{told} in {'memory' if in_memory else 'a file'}"
+
+    def _drop_prefixes(self) -> None:
+        for prefix in self.prefixes.values():
+            prefix.close()
+        self.prefixes.clear()
 
     def best(self) -> Tensor:
         """A copy of the parameters that are evaluated, flat."""
@@ -141,17 +178,20 @@ class Learner:
             self.optimizer.state[flat] = memory
 
     def release(self) -> None:
-        """Gives the parameters their own memory again."""
+        """Gives the parameters their own memory again, and forgets the frozen states."""
+        self._drop_prefixes()
         self.flat.release()
 
 
 @torch.no_grad()
-def scores_of(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings) -> Tensor:
+def scores_of(
+    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings, prefix: Prefix | None = None
+) -> Tensor:
     """The task's scores of every text, in the order of the rows: `(rows, k)`."""
     found: list[Tensor] = []
     order: list[int] = []
     for batch in plain_batches(tokens, settings.tokens_per_pass):
-        hidden = trunk.hidden(batch.ids, batch.segments, batch.reads)
+        hidden = trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
         found.append(task.scores(model, hidden, batch).float().cpu())
         order.extend(batch.indices)
     scores = torch.cat(found)

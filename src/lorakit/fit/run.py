@@ -108,6 +108,9 @@ def fit(
             with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=HEAD) as trunk:
                 learner = Learner(net, goal, trunk, chosen)
                 try:
+                    if place is not None and not resume:
+                        _clear(place)
+                    kept = learner.keep_prefix(parts, place)
                     before = learner.evaluate(parts["test"])
                     records, state = _run(learner, parts, place, resume, identity, watch)
                     assert state.best_values is not None
@@ -127,7 +130,7 @@ def fit(
             del net._modules[HEAD]
     n_steps = total_steps(len(parts["train"]), chosen)
     summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
-    summary |= {"dtype": chosen.dtype, "padded": why_padded}
+    summary |= {"dtype": chosen.dtype, "padded": why_padded, "prefix": kept}
     if place is not None:
         _finish(place, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
@@ -172,6 +175,8 @@ def _clear(place: Path) -> None:
         raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
     for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
         (place / name).unlink(missing_ok=True)
+    for file in place.glob("prefix_*.bin"):  # of a run that was killed
+        file.unlink()
     for name in ("checkpoint", "adapter"):
         shutil.rmtree(place / name, ignore_errors=True)
 
@@ -189,8 +194,6 @@ def _run(
     if place is not None and resume:
         state = load_checkpoint(place / "checkpoint", learner, identity)
         records = _read_records(place / "records.jsonl", state.step, state.epoch)
-    elif place is not None:
-        _clear(place)
     stream = None
     if place is not None:
         write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))

@@ -10,6 +10,7 @@ from lorakit.errors import UsageError, listed, nearest
 from lorakit.trunk import DTYPES
 
 SCHEDULES = ("cosine", "linear", "constant")
+PREFIXES = ("auto", "memory", "file", "off")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Settings:
     `clip` bounds the gradient's norm. `ema` above 0 evaluates and keeps an exponential mean of the parameters with
     that decay. `batch_size` texts make a step; it runs in passes of at most `tokens_per_pass` tokens, with the same
     result. `dtype` is what the frozen part is in while it trains: bf16, fp32, or auto (bf16 where the processor has
-    it). `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
+    it). `prefix` keeps what the blocks before the first that learns give for every text, over all epochs: in memory, in
+    a file of the run directory, auto (memory, if it takes less than a quarter of what is free), or off.
+    `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
     """
 
     epochs: int = 10
@@ -39,6 +42,7 @@ class Settings:
     checkpoint_steps: int = 0
     tokens_per_pass: int = 4096
     dtype: str = "auto"
+    prefix: str = "auto"
     truncate: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class Settings:
                 ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                 ("lora_plus", self.lora_plus > 0, "above 0"),
                 ("ema", 0 <= self.ema < 1, "0 (off) or more, below 1"),
+                ("prefix", self.prefix in PREFIXES, f"one of {', '.join(PREFIXES)}"),
                 ("dtype", self.dtype in ("auto", *DTYPES), f"one of auto, {', '.join(DTYPES)}"),
                 ("learning_rate", 0 < self.learning_rate < 10, "above 0 and below 10"),
                 ("warmup", 0 <= self.warmup < 1, "a share from 0 to 1"),

@@ -6,20 +6,47 @@ begins, so that no model has to hand it through; a name without a mask function 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.segments import segment_attention
+from lorakit.attach.kernels.segments import Asking, segment_attention
 from lorakit.errors import LorakitError
-from lorakit.trunk.segments import current
+from lorakit.trunk.segments import Segments, current
 
 NAME = "lorakit_segments"
+_FEW: ContextVar["Few | None"] = ContextVar("few", default=None)
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "return_dict"}
 
 
 class CannotPackError(LorakitError):
     """This model asks its attention for something that packed rows do not have; the rows are padded instead."""
+
+
+class CaughtError(Exception):
+    """Ends the first of the two runs of a block of which only a few rows are wanted; see blocks.py."""
+
+
+class Few:
+    """Which rows of a block are wanted, `rows (m,)`, rising; and what its attention was asked about all rows."""
+
+    def __init__(self, rows: Tensor, segments: Segments) -> None:
+        self.rows = rows
+        starts = torch.searchsorted(rows, segments.starts)
+        self.asking = Asking(starts, rows - torch.repeat_interleave(segments.starts[:-1], starts.diff()))
+        self.caught: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@contextmanager
+def only(few: Few) -> Iterator[None]:
+    """Within the block, attention first catches what it is asked, then answers for a few rows."""
+    token = _FEW.set(few)
+    try:
+        yield
+    finally:
+        _FEW.reset(token)
 
 
 def attention(
@@ -42,7 +69,16 @@ def attention(
         raise CannotPackError("its attention looks at other rows than its own")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    y = segment_attention(query.squeeze(0), key.squeeze(0), value.squeeze(0), now.starts, scale, bool(causal))
+    q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+    few = _FEW.get()
+    if few is None:
+        y = segment_attention(q, k, v, now.starts, scale, bool(causal))
+    elif few.caught is None:
+        few.caught = q, k, v
+        raise CaughtError
+    else:
+        whole, k, v = few.caught
+        y = segment_attention(whole[:, few.rows], k, v, now.starts, scale, bool(causal), few.asking)
     return y.transpose(0, 1).unsqueeze(0), None
 
 

@@ -3,18 +3,23 @@
 Nothing of the model's code is changed. What is done to it on entering is undone on leaving, bit for bit.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach.groups import Groups, inputs_recorded, make_groups
 from lorakit.attach.slots import find_home, switch_of
 from lorakit.errors import UsageError, nearest
+from lorakit.trunk.blocks import Blocks, Call, stack_of
 from lorakit.trunk.lean import Lean
 from lorakit.trunk.memory import keep_freed_memory
 from lorakit.trunk.packing import CannotPackError, packed
+from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +58,9 @@ class Trunk:
         self.pad = pad
         self.why_padded = ""
         self.groups: Groups | None = None
+        self.trims = False
+        self.depth = 0  # blocks at the start in which nothing learns
+        self._blocks: Blocks | None = None
         self._offset = 0
         self._pack = pack
         self._stack = ExitStack()
@@ -64,16 +72,60 @@ class Trunk:
             self._cast(stack)
             self._begin_groups(stack)
             stack.callback(Lean(self.model).release)
+            self._begin_blocks(stack)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def hidden(self, ids: Tensor, segments: Segments, reads: Tensor | None = None) -> Tensor:
-        """Last hidden state of every token, `ids (tokens,)` -> `(tokens, d)`; or only of those at `reads`."""
-        state = self._padded(ids, segments) if self.why_padded else self._packed(ids, segments)
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Segments,
+        reads: Tensor | None = None,
+        prefix: Prefix | None = None,
+        texts: Sequence[int] = (),
+    ) -> Tensor:
+        """Last hidden state of every token, `ids (tokens,)` -> `(tokens, d)`; or only of those at `reads` (rising).
+
+        `prefix` keeps what the frozen blocks give for these `texts`, and spares running them again.
+        """
+        if self.why_padded:
+            state = self._padded(ids, segments)
+        elif self._blocks is None:
+            state = self._packed(ids, segments)
+        else:
+            call = Call(reads if self.trims else None)
+            if prefix is not None:
+                call.depth, call.keep = self.depth, True
+                if prefix.has(texts):
+                    call.keep, rows = False, prefix.get(texts)
+                    call.given = F.pad(rows, (0, 0, 0, -len(rows) % _GRAIN)).to(self._device())
+            self._blocks.call = call
+            try:
+                state = self._packed(ids, segments)
+            finally:
+                self._blocks.call = Call()
+            if prefix is not None and call.seen is not None:
+                prefix.put(texts, call.seen.detach()[0])
         return state if reads is None else state[reads.to(state.device)]
+
+    def prefix(self, lengths: Sequence[int], file: Path | None = None) -> Prefix:
+        """Room for the frozen blocks' states of texts with these lengths; see `depth`."""
+        return Prefix(lengths, self._width(), self.dtype, file)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in the stack; 0 where none was found."""
+        return len(self._blocks.modules) if self._blocks else 0
+
+    def prefix_size(self, lengths: Sequence[int]) -> int:
+        """Bytes that `prefix` would take."""
+        return Prefix.size(lengths, self._width(), self.dtype)
+
+    def _width(self) -> int:
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
     def refresh(self) -> None:
         """Takes over changed factors; to be called after every step."""
@@ -85,8 +137,9 @@ class Trunk:
 
     def _packed(self, ids: Tensor, segments: Segments) -> Tensor:
         device, n = self._device(), segments.n_tokens
+        positions = segments.positions() + self._offset
         ids, segments = filled(ids, segments, self.pad)
-        positions = (segments.positions() + self._offset).to(device)[None]
+        positions = F.pad(positions, (0, len(ids) - n)).to(device)[None]
         with inside(segments):
             state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
         return state.squeeze(0)[:n]
@@ -165,6 +218,41 @@ class Trunk:
             self.hidden(ids, segments)
         self.groups = make_groups(self.model, switch.active[0], calls, self.dtype)
         stack.callback(self.groups.release)
+
+    def _begin_blocks(self, stack: ExitStack) -> None:
+        """Takes the blocks over, if the result at a few rows is proved to be that of the whole."""
+        blocks = stack_of(self._body)
+        if self.why_padded or not blocks or any("forward" in block.__dict__ for block in blocks):
+            return
+        segments, ids = self._trial()
+        reads = torch.tensor([0, _TRIAL[0] - 2, _TRIAL[0] + 1])
+        with torch.no_grad():
+            wanted = self.hidden(ids, segments)[reads]
+            self._blocks = Blocks(self._body)
+            stack.callback(self._blocks.release)
+            self.depth = _frozen_depth(self._body, blocks, self.head)
+            self.trims = True
+            try:
+                found = self.hidden(ids, segments, reads)
+                size = float(wanted.float().abs().max())
+                self.trims = float((found.float() - wanted.float()).abs().max()) <= _TOLERANCE[self.dtype] * size
+            except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, CannotPackError):
+                self.trims = False
+
+
+def _frozen_depth(body: nn.Module, blocks: Sequence[nn.Module], head: str) -> int:
+    """How many blocks at the start, with all that comes before them, have nothing that learns."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    if head and hasattr(body, head):
+        inside |= {id(module) for module in body.get_submodule(head).modules()}
+    for module in body.modules():
+        # an adapted or trained layer outside the blocks may stand before them (embeddings) or behind (the last norm)
+        if id(module) not in inside and any(p.requires_grad for p in module._parameters.values() if p is not None):
+            return 0
+    for depth, block in enumerate(blocks):
+        if any(p.requires_grad for p in block.parameters()):
+            return depth
+    return 0
 
 
 def filled(ids: Tensor, segments: Segments, pad: int) -> tuple[Tensor, Segments]:

@@ -7,7 +7,7 @@ each run of segments of one length.
 
 import ctypes
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,27 +34,39 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
+class Asking(NamedTuple):
+    """Queries of some rows only: where each segment's begin `(segments + 1,)`, and the place of each there, rising."""
+
+    starts: Tensor
+    places: Tensor
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking | None = None
+) -> Tensor:
     """`softmax(scale q k^T) v` inside each segment: `q (h, n, d)`, `k` and `v (h or fewer, n, d)` -> `(h, n, d)`.
 
-    `starts (segments + 1,)`, int64 on the CPU: where each segment begins, and `n`.
+    `starts (segments + 1,)`, int64 on the CPU: where each segment begins, and `n`. With `asking`, `q` has only the rows
+    that it names, and so has the result.
     """
     if q.device.type == "cpu" and q.dtype in _KNOWN and k.shape == v.shape and library() is not None:
-        y: Tensor = _Segments.apply(q, k, v, starts, scale, causal)  # type: ignore[no-untyped-call]
+        y: Tensor = _Segments.apply(q, k, v, starts, scale, causal, asking)  # type: ignore[no-untyped-call]
         return y
+    if asking is not None:
+        return _some_rows(q, k, v, starts, scale, causal, asking)
     return _by_length(q, k, v, starts, scale, causal)
 
 
 class _Segments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *how: Any) -> Tensor:
         q, k, v = _dense(q), _dense(k), _dense(v)
         heads, n, d = q.shape
         out = torch.empty(n, heads, d, dtype=q.dtype).transpose(0, 1)
         lse = torch.empty(n, heads)
-        _call("segments_forward", [q, k, v, out], lse, starts, q, k, scale, causal)
+        _call("segments_forward", [q, k, v, out], lse, starts, how)
         ctx.save_for_backward(q, k, v, out, lse, starts)
-        ctx.how = scale, causal
+        ctx.how = how
         return out
 
     @staticmethod
@@ -62,23 +74,33 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, starts = ctx.saved_tensors
         dq, dk, dv = _gradients_like(q, k, v)
-        _call("segments_backward", [q, k, v, out, _dense(dout), dq, dk, dv], lse, starts, q, k, *ctx.how)
-        return dq, dk, dv, None, None, None
+        _call("segments_backward", [q, k, v, out, _dense(dout), dq, dk, dv], lse, starts, ctx.how)
+        return dq, dk, dv, None, None, None, None
 
 
-def _call(name: str, views: list[Tensor], lse: Tensor, starts: Tensor, q: Tensor, k: Tensor, *how: Any) -> None:
-    scale, causal = how
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("q_starts", ctypes.c_void_p),
+        ("k_starts", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("n_segments", ctypes.c_int64),
+        ("causal", ctypes.c_int),
+    ]
+
+
+def _call(name: str, views: list[Tensor], lse: Tensor, starts: Tensor, how: tuple[Any, ...]) -> None:
+    scale, causal, asking = how
+    q, k = views[:2]
     heads, _, d = q.shape
+    begins, places = (starts, None) if asking is None else asking
+    place = 0 if places is None else places.data_ptr()
+    plan = _Plan(begins.data_ptr(), starts.data_ptr(), place, len(starts) - 1, int(causal))
     failed = getattr(library(), name)(
         *map(_view, views),
         ctypes.c_void_p(lse.data_ptr()),
-        ctypes.c_void_p(starts.data_ptr()),
-        _LONG(len(starts) - 1),
-        _LONG(heads),
-        _LONG(k.shape[0]),
-        _LONG(d),
+        ctypes.byref(plan),
+        *map(_LONG, (heads, k.shape[0], d)),
         ctypes.c_float(scale),
-        int(causal),
         int(q.dtype == torch.bfloat16),
     )
     if failed:
@@ -91,7 +113,12 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     total, n = sum(widths), q.shape[1]
     places = [x.data_ptr() // x.element_size() for x in (q, k, v)]
     joined = all(x.stride() == (x.shape[2], total, 1) for x in (q, k, v))
-    if joined and places[1] == places[0] + widths[0] and places[2] == places[1] + widths[1]:
+    if (
+        joined
+        and q.shape[1] == k.shape[1]
+        and places[1] == places[0] + widths[0]
+        and places[2] == places[1] + widths[1]
+    ):
         whole = torch.empty(n, total, dtype=q.dtype)
         parts = whole.split_with_sizes(widths, 1)
         dq, dk, dv = (part.view(n, x.shape[0], x.shape[2]).transpose(0, 1) for part, x in zip(parts, (q, k, v)))
@@ -116,3 +143,10 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, ca
         y = F.scaled_dot_product_attention(a, b, c, is_causal=causal, scale=scale, enable_gqa=q.shape[0] != k.shape[0])
         parts.append(y.transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, 1)
+
+
+def _some_rows(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking) -> Tensor:
+    """The same for some rows only: all rows ask, and those that were meant are kept."""
+    rows = asking.places + torch.repeat_interleave(starts[:-1], asking.starts.diff())
+    every = q.new_zeros(q.shape[0], k.shape[1], q.shape[2]).index_copy(1, rows.to(q.device), q)
+    return _by_length(every, k, v, starts, scale, causal)[:, rows.to(q.device)]

@@ -94,15 +94,27 @@ static void multiply(const float *a, int64_t ai, int64_t ak, const float *b, int
     }
 }
 
-/* How many keys row i of a segment of n may see. */
-static inline int64_t seen(int64_t i, int64_t n, int causal) { return causal ? i + 1 : n; }
+/* Which rows ask and which answer. Segment s has the keys k_starts[s] .. k_starts[s + 1] and the queries
+ * q_starts[s] .. q_starts[s + 1]; `places`, where there is one, gives the place of each query in its segment, rising;
+ * else every row of a segment asks. */
+typedef struct {
+    const int64_t *q_starts, *k_starts, *places;
+    int64_t n_segments;
+    int causal;
+} Plan;
+
+/* How many of the n keys of its segment query i of the segment may see. */
+static inline int64_t seen(const Plan *plan, int64_t segment, int64_t i, int64_t n) {
+    if (!plan->causal) return n;
+    return (plan->places ? plan->places[plan->q_starts[segment] + i] : i) + 1;
+}
 
 /* Scores of rows i0 .. i0 + m -> probabilities, and the log-sum-exp of each row. */
-static void softmax_rows(float *s, int64_t stride, int64_t i0, int64_t m, int64_t n, int causal, float *lse,
-                         int64_t lse_step) {
+static void softmax_rows(float *s, int64_t stride, const Plan *plan, int64_t segment, int64_t i0, int64_t m, int64_t n,
+                         float *lse, int64_t lse_step) {
     for (int64_t i = 0; i < m; i++) {
         float *row = s + i * stride;
-        int64_t count = seen(i0 + i, n, causal);
+        int64_t count = seen(plan, segment, i0 + i, n);
         for (int64_t j = count; j < stride; j++) row[j] = -INFINITY;
         vec top = load(row);
         for (int64_t j = LANES; j < stride; j += LANES) {
@@ -139,12 +151,11 @@ static int64_t longest_of(const int64_t *starts, int64_t n_segments) {
     return longest;
 }
 
-/* out = softmax(scale q k^T) v inside every segment. `starts` has n_segments + 1 entries; `lse` is (tokens, heads).
- * Returns 0, or 1 if there was no memory. */
-int segments_forward(const View *q, const View *k, const View *v, const View *out, float *lse, const int64_t *starts,
-                     int64_t n_segments, int64_t heads, int64_t kv_heads, int64_t d, float scale, int causal,
-                     int half) {
-    int64_t longest = longest_of(starts, n_segments), width = padded(d), failed = 0;
+/* out = softmax(scale q k^T) v inside every segment; `lse` is (queries, heads). Returns 0, or 1 if there was no memory. */
+int segments_forward(const View *q, const View *k, const View *v, const View *out, float *lse, const Plan *plan,
+                     int64_t heads, int64_t kv_heads, int64_t d, float scale, int half) {
+    const int64_t *q_starts = plan->q_starts, *k_starts = plan->k_starts;
+    int64_t longest = longest_of(k_starts, plan->n_segments), width = padded(d), failed = 0;
 #pragma omp parallel
     {
         int64_t size = (2 * longest + ROWS) * width + ROWS * width + padded(longest) * (width + ROWS) + 8 * LANES;
@@ -154,23 +165,25 @@ int segments_forward(const View *q, const View *k, const View *v, const View *ou
             failed = 1;
         }
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < n_segments * heads; task++) {
+        for (int64_t task = 0; task < plan->n_segments * heads; task++) {
             if (!memory) continue;
             int64_t segment = task / heads, head = task % heads, kv = head / (heads / kv_heads);
-            int64_t first = starts[segment], n = starts[segment + 1] - first, stride = padded(n);
+            int64_t first = k_starts[segment], n = k_starts[segment + 1] - first, stride = padded(n);
+            int64_t asks = q_starts[segment], n_asks = q_starts[segment + 1] - asks;
             float *free_ = memory;
             float *kr = take(&free_, n * width), *vr = take(&free_, n * width), *kt = take(&free_, width * stride);
             float *qr = take(&free_, ROWS * width), *s = take(&free_, ROWS * stride), *o = take(&free_, ROWS * width);
             read_rows(k, first, n, kv, half, d, width, 1, kr);
             read_rows(v, first, n, kv, half, d, width, 1, vr);
             transpose(kr, n, width, stride, kt);
-            for (int64_t i = 0; i < n; i += ROWS) {
-                int64_t m = n - i < ROWS ? n - i : ROWS, reach = seen(i + m - 1, n, causal), cover = padded(reach);
-                read_rows(q, first + i, m, head, half, d, width, scale, qr);
+            for (int64_t i = 0; i < n_asks; i += ROWS) {
+                int64_t m = n_asks - i < ROWS ? n_asks - i : ROWS, reach = seen(plan, segment, i + m - 1, n);
+                int64_t cover = padded(reach);
+                read_rows(q, asks + i, m, head, half, d, width, scale, qr);
                 multiply(qr, width, 1, kt, stride, s, cover, m, cover, d, 0);
-                softmax_rows(s, cover, i, m, n, causal, lse + (first + i) * heads + head, heads);
+                softmax_rows(s, cover, plan, segment, i, m, n, lse + (asks + i) * heads + head, heads);
                 multiply(s, cover, 1, vr, width, o, width, m, width, reach, 0);
-                write_rows(out, first + i, m, head, half, d, width, 1, o);
+                write_rows(out, asks + i, m, head, half, d, width, 1, o);
             }
         }
         free(memory);
@@ -180,9 +193,10 @@ int segments_forward(const View *q, const View *k, const View *v, const View *ou
 
 /* Gradients of the forward: dq, dk, dv from dout, with the scores made again from `lse`. */
 int segments_backward(const View *q, const View *k, const View *v, const View *out, const View *dout, const View *dq,
-                      const View *dk, const View *dv, const float *lse, const int64_t *starts, int64_t n_segments,
-                      int64_t heads, int64_t kv_heads, int64_t d, float scale, int causal, int half) {
-    int64_t longest = longest_of(starts, n_segments), width = padded(d), failed = 0, share = heads / kv_heads;
+                      const View *dk, const View *dv, const float *lse, const Plan *plan, int64_t heads,
+                      int64_t kv_heads, int64_t d, float scale, int half) {
+    const int64_t *q_starts = plan->q_starts, *k_starts = plan->k_starts;
+    int64_t longest = longest_of(k_starts, plan->n_segments), width = padded(d), failed = 0, share = heads / kv_heads;
 #pragma omp parallel
     {
         int64_t size = 4 * longest * width + 2 * width * padded(longest) + 4 * ROWS * width +
@@ -193,10 +207,11 @@ int segments_backward(const View *q, const View *k, const View *v, const View *o
             failed = 1;
         }
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < n_segments * kv_heads; task++) {
+        for (int64_t task = 0; task < plan->n_segments * kv_heads; task++) {
             if (!memory) continue;
             int64_t segment = task / kv_heads, kv = task % kv_heads;
-            int64_t first = starts[segment], n = starts[segment + 1] - first, stride = padded(n);
+            int64_t first = k_starts[segment], n = k_starts[segment + 1] - first, stride = padded(n);
+            int64_t asks = q_starts[segment], n_asks = q_starts[segment + 1] - asks;
             float *free_ = memory;
             float *kr = take(&free_, n * width), *vr = take(&free_, n * width);
             float *kt = take(&free_, width * stride), *vt = take(&free_, width * stride);
@@ -211,23 +226,23 @@ int segments_backward(const View *q, const View *k, const View *v, const View *o
             memset(dkr, 0, n * width * sizeof(float));
             memset(dvr, 0, n * width * sizeof(float));
             for (int64_t head = kv * share; head < (kv + 1) * share; head++)
-                for (int64_t i = 0; i < n; i += ROWS) {
-                    int64_t m = n - i < ROWS ? n - i : ROWS, reach = seen(i + m - 1, n, causal);
+                for (int64_t i = 0; i < n_asks; i += ROWS) {
+                    int64_t m = n_asks - i < ROWS ? n_asks - i : ROWS, reach = seen(plan, segment, i + m - 1, n);
                     int64_t cover = padded(reach);
-                    read_rows(q, first + i, m, head, half, d, width, scale, qr);
-                    read_rows(dout, first + i, m, head, half, d, width, 1, dor);
-                    read_rows(out, first + i, m, head, half, d, width, 1, or_);
+                    read_rows(q, asks + i, m, head, half, d, width, scale, qr);
+                    read_rows(dout, asks + i, m, head, half, d, width, 1, dor);
+                    read_rows(out, asks + i, m, head, half, d, width, 1, or_);
                     multiply(qr, width, 1, kt, stride, p, cover, m, cover, d, 0);
                     multiply(dor, width, 1, vt, stride, dp, cover, m, cover, d, 0);
                     for (int64_t r = 0; r < m; r++) {
                         float *row = p + r * cover, *drow = dp + r * cover;
-                        float shift = lse[(first + i + r) * heads + head];
+                        float shift = lse[(asks + i + r) * heads + head];
                         vec dots = splat(0);
                         for (int64_t j = 0; j < width; j += LANES)
                             dots += load(dor + r * width + j) * load(or_ + r * width + j);
                         float delta = 0;
                         for (int lane = 0; lane < LANES; lane++) delta += dots[lane];
-                        for (int64_t j = seen(i + r, n, causal); j < cover; j++) row[j] = -INFINITY;
+                        for (int64_t j = seen(plan, segment, i + r, n); j < cover; j++) row[j] = -INFINITY;
                         for (int64_t j = 0; j < cover; j += LANES) {
                             vec e = exp_of(load(row + j) - shift);
                             store(row + j, e);
@@ -235,7 +250,7 @@ int segments_backward(const View *q, const View *k, const View *v, const View *o
                         }
                     }
                     multiply(dp, cover, 1, kr, width, dqr, width, m, width, reach, 0);
-                    write_rows(dq, first + i, m, head, half, d, width, scale, dqr);
+                    write_rows(dq, asks + i, m, head, half, d, width, scale, dqr);
                     multiply(dp, 1, cover, qr, width, dkr, width, reach, width, m, 1); /* q has the scale in it */
                     multiply(p, 1, cover, dor, width, dvr, width, reach, width, m, 1);
                 }
