@@ -2,11 +2,16 @@
 
 Each side is a process of its own; they take turns, so that a noisy moment of the machine hits both. A ratio is real
 tokens per second of lorakit over those of the peer in the same turn. Trainer's own start is inside its time (about
-0.05 s a turn). Memory is the most that a side had resident beyond what its imports took.
+0.05 s a turn). Memory is the most that a side had resident beyond what its imports and its rows took.
+
+Besides the peers: full fine-tuning by Trainer; the frozen base, forward and input gradient, on lorakit's own trunk; and
+lorakit with adapters in the top quarter of the blocks, whose frozen prefix is kept over three epochs, against itself
+with adapters in all of them.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +20,31 @@ from typing import Any
 from common import Bench
 
 HERE = Path(__file__).parent
-PEERS: dict[str, dict[str, Any]] = {
-    "peft default": {"dtype": "fp32", "order": "random"},
-    "peft grouped by length": {"dtype": "fp32", "order": "grouped"},
-    "peft bf16": {"dtype": "bf16", "order": "random"},
-    "peft bf16, grouped by length": {"dtype": "bf16", "order": "grouped"},
-    "full fine-tuning bf16, grouped by length": {"dtype": "bf16", "order": "grouped", "full": True},
+OURS = "lorakit"
+FROZEN = "its frozen base, forward and input gradient"
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("ours", {}),
+    FROZEN: ("ours", {"frozen": True}),
+    "peft default": ("peft_trainer", {"dtype": "fp32", "order": "random"}),
+    "peft grouped by length": ("peft_trainer", {"dtype": "fp32", "order": "grouped"}),
+    "peft bf16": ("peft_trainer", {"dtype": "bf16", "order": "random"}),
+    "peft bf16, grouped by length": ("peft_trainer", {"dtype": "bf16", "order": "grouped"}),
+    "full fine-tuning bf16, grouped by length": (
+        "peft_trainer",
+        {"dtype": "bf16", "order": "grouped", "full": True},
+    ),
 }
 
 
 class Side:
     """A process that waits for commands."""
 
-    def __init__(self, script: str, setting: dict[str, Any]) -> None:
+    def __init__(self, name: str, job: str, **more: Any) -> None:
+        script, setting = SIDES[name]
         env = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        setting = {"seed": 0, "job": job, **setting, **more}
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"sides.{script}", json.dumps({"seed": 0, **setting})],
+            [sys.executable, "-W", "ignore", "-m", f"sides.{script}", json.dumps(setting)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("SHOW") else subprocess.DEVNULL,
@@ -38,7 +52,7 @@ class Side:
             env=env,
         )
 
-    def run(self, steps: int, threads: int) -> dict[str, Any]:
+    def run(self, steps: int, threads: int = 2) -> dict[str, Any]:
         """Some optimizer steps."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -46,7 +60,7 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side died: {self.process.args}")
+            raise SystemExit(f"a side died: {self.process.args}; SHOW=1 shows why")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -57,35 +71,57 @@ class Side:
         self.process.wait()
 
 
-def race(bench: Bench, job: str, peers: list[str], turns: int, steps: int) -> None:
-    """One job: lorakit and all peers in turn."""
-    ours = {"lorakit": Side("ours", {"job": job})}
-    sides = ours | {name: Side("peft_trainer", {"job": job, **PEERS[name]}) for name in peers}
+def race(bench: Bench, job: str, names: list[str], turns: int, steps: int) -> None:
+    """One job: lorakit and others in turn."""
+    sides = {name: Side(name, job) for name in [OURS, *names]}
     for side in sides.values():
-        side.run(2, 2)
+        side.run(3)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
     for turn in range(turns):
-        names = list(sides) if turn % 2 else list(reversed(sides))
-        for name in names:
-            answer = sides[name].run(steps, 2)
+        for name in list(sides) if turn % 2 else list(reversed(sides)):
+            answer = sides[name].run(steps)
             rates[name].append(answer["tokens"] / answer["seconds"])
             peaks[name] = answer["peak"]
-    for name in peers:
-        bench.ratio(f"{job} vs {name}", [a / b for a, b in zip(rates["lorakit"], rates[name])])
-        bench.ratio(f"{job} peak memory vs {name}", [peaks[name] / peaks["lorakit"]])
-    for name in sides:
-        bench.fact(f"{job} tokens/s, {name}", round(sorted(rates[name])[len(rates[name]) // 2]))
-        bench.fact(f"{job} peak MiB, {name}", round(peaks[name] / 2**20))
     for side in sides.values():
         side.close()
+    for name in names:
+        bench.ratio(f"{job} vs {name}", [a / b for a, b in zip(rates[OURS], rates[name])])
+        if name != FROZEN:
+            bench.ratio(f"{job} peak memory vs {name}", [peaks[name] / peaks[OURS]])
+    for name in sides:
+        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(rates[name])))
+        bench.fact(f"{job} peak MiB, {name}", round(peaks[name] / 2**20))
+
+
+def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
+    """Three epochs over a few rows: adapters in the top quarter with the prefix kept, against adapters everywhere."""
+    from sides.jobs import JOBS
+
+    n_steps = rows // JOBS[job]["batch"]
+    values, spent = [], {"top": 0.0, "all": 0.0}
+    for turn in range(turns):
+        took = {}
+        for name in ("top", "all") if turn % 2 else ("all", "top"):
+            more: dict[str, Any] = (
+                {"plan": {"blocks": "last 3"}} if name == "top" else {"settings": {"prefix": "off"}}
+            )
+            side = Side(OURS, job, rows=rows, **more)
+            side.run(0)  # built
+            took[name] = sum(side.run(n_steps)["seconds"] for _ in range(3))
+            side.close()
+            spent[name] += took[name]
+        values.append(took["all"] / took["top"])
+    bench.ratio(f"{job} top quarter with kept prefix, 3 epochs, vs all layers", values)
 
 
 def main() -> None:
     """All jobs."""
-    bench = Bench(__doc__)
-    for job in ("minilm rt_polarity",):
-        race(bench, job, list(PEERS), bench.rounds(9, 3), bench.rounds(20, 8))
+    bench = Bench(__doc__ or "")
+    wanted = os.environ.get("JOBS", "minilm rt_polarity").split(",")
+    for job in wanted:
+        race(bench, job, list(SIDES)[1:], bench.rounds(9, 3), bench.rounds(20, 8))
+    prefix_race(bench, "bert 12x384 rt_polarity", bench.rounds(5, 1), bench.rounds(1600, 320))
     bench.done()
 
 

@@ -19,6 +19,7 @@ Row = tuple[list[int], list[int]]  # token ids; labels: one class, or one for ea
 
 JOBS: dict[str, dict[str, Any]] = {
     "minilm rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
+    "bert 12x384 rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
     "llama 8x512 gsm8k": {"rank": 16, "batch": 8, "rate": 1e-3, "task": "generate"},
     "gpt2 12x768 e2e": {"rank": 16, "batch": 16, "rate": 5e-4, "task": "generate"},
 }
@@ -50,6 +51,9 @@ def base(job: str, dtype: torch.dtype) -> nn.Module:
         model = tf.AutoModel.from_pretrained(package_model(), dtype=dtype)
         model.pooler = None
         return model.eval()
+    if job.startswith("bert"):
+        shape = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 12}
+        return tf.BertModel(tf.BertConfig(vocab_size=30522, **shape), add_pooling_layer=False).to(dtype).eval()
     if job.startswith("llama"):
         config = tf.LlamaConfig(
             hidden_size=512,
@@ -66,7 +70,7 @@ def base(job: str, dtype: torch.dtype) -> nn.Module:
 
 def rows(job: str) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, shuffled by a fixed seed."""
-    found = {"minilm": _polarity, "llama": _gsm8k, "gpt2": _e2e}[job.split()[0]]()
+    found = {"minilm": _polarity, "bert": _polarity, "llama": _gsm8k, "gpt2": _e2e}[job.split()[0]]()
     random.Random(0).shuffle(found)
     n_test = min(1000, len(found) // 5)
     return found[n_test:], found[:n_test]

@@ -1,18 +1,29 @@
-"""lorakit's side."""
+"""lorakit's side: the trunk and the learner that `lorakit fit` runs; or the frozen base alone (`frozen`)."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.data.batches import Tokens
+from lorakit.data.batches import Tokens, gather
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
 from lorakit.tasks.classify import Classify
+from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk, resolve_dtype
 from sides.jobs import JOBS, Row, base
 from sides.worker import Steps, serve
+
+
+def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]:
+    """The task, and its tokens."""
+    ids, labels = tuple(tuple(ids) for ids, _ in train), tuple(tuple(labels) for _, labels in train)
+    task = Classify(tuple(map(str, range(1 + max(label for (label,) in labels)))), "mean")
+    task.prepare(model)
+    return task, Tokens(ids, labels, ((),) * len(ids), tuple(range(len(ids))), 0)
 
 
 def make(setting: dict[str, Any], train: list[Row]) -> Steps:
@@ -20,37 +31,60 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
     job = JOBS[setting["job"]]
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
     model = base(setting["job"], torch.float32)
-    if job["task"] == "classify":
-        task = Classify(("0", "1"), "mean")
-        task.prepare(model)
-        tokens = Tokens(
-            tuple(tuple(ids) for ids, _ in train),
-            tuple(tuple(labels) for _, labels in train),
-            ((),) * len(train),
-            tuple(range(len(train))),
-            0,
-        )
-        lk.attach(model, lk.plan(model, rank=job["rank"], trained=("classifier",)), seed=setting["seed"])
-    settings = Settings(learning_rate=job["rate"], batch_size=job["batch"], dtype=dtype, **setting.get("settings", {}))
+    task, tokens = job_of(setting["job"], train, model)
+    own = {"learning_rate": job["rate"], "batch_size": job["batch"], "dtype": dtype, **setting.get("settings", {})}
+    settings = Settings(**own)
+    if not setting.get("frozen"):
+        plan = lk.plan(model, rank=job["rank"], trained=(task.head,) if task.head else (), **setting.get("plan", {}))
+        lk.attach(model, plan, seed=setting["seed"])
     trunk = Trunk(model, dtype=dtype, head=task.head).__enter__()
-    learner = Learner(model, task, trunk, settings)
-    order = list(range(len(train)))
+    order = list(range(len(train)))[: setting.get("rows")]
     random.Random(setting["seed"]).shuffle(order)
+    batches = [order[i : i + job["batch"]] for i in range(0, len(order) - job["batch"] + 1, job["batch"])]
+    step = (
+        frozen(model, task, trunk, tokens) if setting.get("frozen") else learning(model, task, trunk, tokens, settings)
+    )
     at = 0
 
     def steps(n: int) -> tuple[int, list[float]]:
         nonlocal at
-        total, losses = 0, []
-        for _ in range(n):
-            if at + job["batch"] > len(order):
-                at = 0
-            done = learner.step(tokens, order[at : at + job["batch"]], job["rate"])
-            at += job["batch"]
-            total += done.n_tokens
-            losses.append(done.loss)
-        return total, losses
+        done = [step(batches[(at + i) % len(batches)]) for i in range(n)]
+        at += n
+        return sum(tokens for tokens, _ in done), [loss for _, loss in done]
 
     return steps
+
+
+def learning(
+    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings
+) -> Callable[[list[int]], tuple[int, float]]:
+    """One optimizer step."""
+    learner = Learner(model, task, trunk, settings)
+    learner.keep_prefix({"train": tokens}, None)
+
+    def step(indices: list[int]) -> tuple[int, float]:
+        done = learner.step(tokens, indices, settings.learning_rate)
+        return done.n_tokens, done.loss
+
+    return step
+
+
+def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callable[[list[int]], tuple[int, float]]:
+    """Forward and input gradient of the frozen base: what no adapter can be faster than."""
+
+    def ask(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(ask)  # type: ignore[operator]
+
+    def step(indices: list[int]) -> tuple[int, float]:
+        batch = gather(tokens, sorted(indices, key=lambda i: len(tokens.ids[i])))
+        loss = task.loss(model, trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return batch.n_tokens, float(loss.detach())
+
+    return step
 
 
 if __name__ == "__main__":

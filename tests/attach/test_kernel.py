@@ -134,7 +134,7 @@ def test_three_layers_on_one_input_keep_it_once_and_three_thin_products(r: int) 
     model = QueryKeyValue(width).bfloat16()
     lk.attach(model, lk.plan(model, rank=r))
     x = torch.randn(2, n // 2, width).bfloat16().requires_grad_()
-    padded = 16  # a CPU multiplies by 16 columns no slower than by 8
+    padded = r  # both are multiples of 8, the narrowest that half precision is multiplied by
     assert saved_bytes(model, x) == 2 * n * width + 3 * 2 * n * padded
 
 
@@ -181,6 +181,21 @@ def test_a_group_gives_what_its_layers_give_alone(n: int, given: bool) -> None:
     sum((z.square().sum() for z in zs), torch.zeros(())).backward()
     for one, other in zip(found, alone):
         assert torch.allclose(one.grad, other.grad, atol=1e-10)  # type: ignore[arg-type]
+
+
+def test_gradients_can_be_added_where_they_belong() -> None:
+    x, layers = group(3)
+    layers = [layer._replace(a=layer.a.requires_grad_(), b=layer.b.requires_grad_()) for layer in layers]
+    factors = [t for layer in layers for t in (layer.a, layer.b)]
+    wanted = torch.autograd.grad(sum(y.square().sum() for y in lora_group(x, layers)), factors)  # type: ignore[arg-type]
+    windows = [torch.ones_like(t) for t in factors]
+    with torch.no_grad():
+        now = ready([layer[2:5] for layer in layers], torch.float64)
+    now = now._replace(into=tuple(zip(windows[::2], windows[1::2])))
+    sum(y.square().sum() for y in lora_group(x, layers, now)).backward()  # type: ignore[union-attr]
+    for window, gradient, factor in zip(windows, wanted, factors):
+        assert factor.grad is None
+        assert torch.allclose(window, gradient + 1, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

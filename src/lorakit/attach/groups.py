@@ -26,19 +26,19 @@ class Group:
         self._x: tuple[Any, ...] = ()
         self._parts: list[Tensor | None] = []
         device = members[0][2].tensors()["a"].device
-        ranks = [padded_rank(factors.rank, device) for _, _, factors in members]
+        ranks = [padded_rank(factors.rank, device, dtype) for _, _, factors in members]
         i = members[0][2].tensors()["a"].shape[1]
         outs = [factors.tensors()["b"].shape[0] for _, _, factors in members]
         a = torch.zeros(sum(ranks), i, dtype=dtype, device=device)
-        self.now = Ready(a, tuple(torch.zeros(o, r, dtype=dtype, device=device) for o, r in zip(outs, ranks)))
+        self.now = Ready(a, tuple(torch.zeros(r, o, dtype=dtype, device=device) for o, r in zip(outs, ranks)))
 
     def targets(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Where each factor has to be copied: (place, factor, what it is multiplied by)."""
         row = 0
         for (_, _, factors), b in zip(self.members, self.now.b):
             yield self.now.a[row : row + factors.rank], factors.tensors()["a"], 1.0
-            yield b[:, : factors.rank], factors.tensors()["b"], factors.scale
-            row += b.shape[1]
+            yield b[: factors.rank].T, factors.tensors()["b"], factors.scale
+            row += b.shape[0]
 
     def takes(self, slot: Slot, factors: Factors, x: Tensor) -> bool:
         """This call is one for the group."""
@@ -86,6 +86,13 @@ class Groups:
         if self._places:
             scaled = [factor if by == 1 else factor * by for _, factor, by in self._places]
             torch._foreach_copy_([place for place, _, _ in self._places], scaled)
+
+    def gradients_in_place(self, on: bool) -> None:
+        """Whether the backward adds to the `.grad` that every factor has already, and tells autograd nothing."""
+        for group in self.groups:
+            factors = [(f.tensors()["a"].grad, f.tensors()["b"].grad) for _, _, f in group.members]
+            windows = [(a, b) for a, b in factors if a is not None and b is not None]
+            group.now = group.now._replace(into=tuple(windows) if on and len(windows) == len(factors) else ())
 
     def release(self) -> None:
         """Lets every layer run by itself again."""

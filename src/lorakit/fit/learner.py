@@ -51,6 +51,11 @@ class Learner:
         self.ema = self.flat.values.clone() if settings.ema else None
         self.prefixes: dict[int, Prefix] = {}  # by the id of their Tokens
         trunk.refresh()
+        self._in_place(True)
+
+    def _in_place(self, on: bool) -> None:
+        if self.trunk.groups is not None:
+            self.trunk.groups.gradients_in_place(on)
 
     def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
         """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
@@ -93,11 +98,13 @@ class Learner:
     def probe(self, tokens: Tokens, indices: Sequence[int]) -> None:
         """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
         batch = gather(tokens, passes(tokens, indices, self.settings.tokens_per_pass)[-1])
+        learning = self.flat.named
+        self._in_place(False)
         with recorded(self.model) as unseen:
             loss = self._loss(batch, tokens)
         refuse_unseen(self.model, unseen)
-        learning = self.flat.named
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+        self._in_place(True)
         idle = [name for name, gradient in zip(learning, gradients) if gradient is None]
         if idle:
             raise NoEffectError(

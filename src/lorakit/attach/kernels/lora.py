@@ -10,7 +10,8 @@ again in the backward (nothing of its size is kept), which is less work once `n 
 rounding the sum would lose most of a small delta.
 
 Factors are masters, usually float32; they are cast to the dtype of `x`, or were already (`Ready`), and their gradients
-are cast back. On a CPU the rank is padded to a multiple of 16 with zeros: narrower products run slower there.
+are cast back. On a CPU the rank is padded with zeros to a multiple of 16 (8 in half precision): narrower products run
+slower there.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.attach.kernels.products import Packed, input_gradient, linear
 
-_PAD = 16
+_PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
 
 
 class Ready(NamedTuple):
-    """Factors of a group as the products take them: `a (sum of r, i)`, each `b (o, r)` with its scale in it."""
+    """Factors of a group as the products take them: `a (sum of r, i)`; each `b` transposed, `(r, o)`, its scale in it.
+
+    `into` are windows for the gradients of each `a (r, i)` and `b (o, r)`. Where they are given the backward adds to
+    them, and autograd gets none: the casts and copies on its way are as many as the products.
+    """
 
     a: Tensor
     b: tuple[Tensor, ...]
+    into: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 class Layer(NamedTuple):
@@ -44,19 +50,19 @@ class Layer(NamedTuple):
     packed: Packed | None = None
 
 
-def padded_rank(rank: int, device: torch.device) -> int:
+def padded_rank(rank: int, device: torch.device, dtype: torch.dtype) -> int:
     """The rank as the products take it."""
-    return rank + -rank % _PAD if device.type == "cpu" else rank
+    return rank + -rank % _PAD.get(dtype, 1) if device.type == "cpu" else rank
 
 
 def ready(pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Ready:
     """Factors cast, padded and joined; the scale goes into `b`."""
     wide_a, wide_b = [], []
     for a, b, scale in pairs:
-        short = padded_rank(a.shape[0], a.device) - a.shape[0]
+        short = padded_rank(a.shape[0], a.device, dtype) - a.shape[0]
         wide_a.append(F.pad(a.to(dtype), (0, 0, 0, short)) if short else a.to(dtype))
-        b = b.to(dtype) if scale == 1 else (b * scale).to(dtype)
-        wide_b.append(F.pad(b, (0, short)) if short else b)
+        b = b.T.to(dtype) if scale == 1 else (b.T * scale).to(dtype)
+        wide_b.append(F.pad(b, (0, 0, 0, short)) if short else b)
     return Ready(wide_a[0] if len(wide_a) == 1 else torch.cat(wide_a), tuple(wide_b))
 
 
@@ -72,8 +78,8 @@ def _merged(weights: Sequence[Tensor], now: Ready) -> Tensor:
     whole = torch.empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=weights[0].dtype)
     row = column = 0
     for weight, b in zip(weights, now.b):
-        o, r = b.shape
-        torch.addmm(weight, b, now.a[column : column + r], out=whole[row : row + o])
+        r, o = b.shape
+        torch.addmm(weight, b.T, now.a[column : column + r], out=whole[row : row + o])
         row, column = row + o, column + r
     return whole
 
@@ -103,21 +109,27 @@ class _Group(torch.autograd.Function):
         n = len(dys)
         weights, a, b = rest[:n], rest[n : 2 * n], rest[2 * n :]
         now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
-        widths = [part.shape[1] for part in now.b]
+        widths = [part.shape[0] for part in now.b]
         ds = torch.empty_like(s)
         grads: list[Tensor | None] = [None, None]
         for k, (dy, wide, thin, part) in enumerate(
             zip(dys, now.b, s.split_with_sizes(widths, 1), ds.split_with_sizes(widths, 1))
         ):
-            torch.mm(dy, wide, out=part)
+            torch.mm(dy, wide.T, out=part)
             need = ctx.needs_input_grad[4 * k + 2 : 4 * k + 6]
-            db = None
-            if need[3]:
-                db = (thin.T @ dy)[: a[k].shape[0]].T.to(b[k].dtype).mul_(ctx.scales[k])
+            db = (thin.T @ dy)[: a[k].shape[0]].T if need[3] else None
+            if db is not None and now.into:
+                now.into[k][1].add_(db, alpha=ctx.scales[k])
+                db = None
+            elif db is not None:
+                db = db.to(b[k].dtype).mul_(ctx.scales[k])
             grads += [dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None, None, db]
         if any(ctx.needs_input_grad[4::4]):
             for k, da in enumerate((ds.T @ x).split_with_sizes(widths)):
-                grads[4 * k + 4] = da[: a[k].shape[0]].to(a[k].dtype)
+                if now.into:
+                    now.into[k][0].add_(da[: a[k].shape[0]])
+                else:
+                    grads[4 * k + 4] = da[: a[k].shape[0]].to(a[k].dtype)
         if ctx.needs_input_grad[0]:
             if _pays_to_merge(x, weights):
                 grads[0] = input_gradient(_joined(dys), _merged(weights, now))
@@ -140,8 +152,8 @@ def _outputs(
 ) -> list[Tensor]:
     """`W x + bias + b s` of every layer, the last term added in place."""
     parts = [linear(x, *one) for one in zip(weights, biases, packed)]
-    for y, thin, b in zip(parts, s.split_with_sizes([part.shape[1] for part in now.b], 1), now.b):
-        y.addmm_(thin, b.T)
+    for y, thin, b in zip(parts, s.split_with_sizes([part.shape[0] for part in now.b], 1), now.b):
+        y.addmm_(thin, b)
     return parts
 
 
