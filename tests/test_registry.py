@@ -6,6 +6,7 @@ import inspect
 import pickle
 import pkgutil
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,14 @@ def test_every_method_has_a_peft_twin_or_says_that_it_has_none(method: Method) -
     assert "peft_type" in declared, "say peft_type = None where PEFT has no twin"
     assert (method.peft_type is None) == (type(method).to_peft is Method.to_peft)
     assert (method.peft_type is None) == (type(method).from_peft is Method.from_peft)
+
+
+def test_classes_can_be_registered_whose_entries_are_made_later() -> None:
+    registry: Registry[Any] = Registry("task", "lorakit.tasks")
+    first, second = (type("Sing", (), {"name": "sing"}) for _ in range(2))
+    assert registry.add_class(first) is registry.add_class(first) is first
+    with pytest.raises(UsageError, match="two tasks are called 'sing'"):
+        registry.add_class(second)
 
 
 @pytest.mark.parametrize("registry", ROOMS.values(), ids=ROOMS)

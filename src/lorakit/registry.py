@@ -41,6 +41,12 @@ class Registry(Generic[T]):
         self._entries[entry.name] = entry
         return cls
 
+    def add_class(self, cls: T) -> T:
+        """Class decorator: registers the class itself under its `name`, where entries are made later."""
+        if self._entries.setdefault(cls.name, cls) is not cls:
+            raise UsageError(f"two {self.noun}s are called '{cls.name}'; names must be unique")
+        return cls
+
     def _scan(self) -> None:
         if self._scanned:
             return

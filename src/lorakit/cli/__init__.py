@@ -18,9 +18,9 @@ from lorakit.errors import LorakitError, StoppedError, UsageError, nearest
 
 VERBS = {
     "plan": "turn rules into a plan: which layer gets which method, rank and start",
-    "fit": "train an adapter on labelled texts and prove it on rows it has not seen",
-    "predict": "label texts with a fitted adapter",
-    "evaluate": "measure a fitted adapter on labelled rows",
+    "fit": "train an adapter on your rows and prove it on rows it has not seen",
+    "predict": "answer texts with a fitted adapter: labels, or written text",
+    "evaluate": "measure a fitted adapter on rows with their right answers",
     "inspect": "show what each layer of an adapter does",
     "truncate": "shrink an adapter to a smaller rank, exactly",
     "merge": "write an adapter into its base: a plain model without extra cost",

@@ -2,9 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+COLUMNS = {"text": "texts", "label": "labels", "prompt": "prompts", "answer": "answers"}
+TASK_HELP = "classify (default): one label for each text; generate: a written answer to each prompt"
 
 
 def layer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,9 +80,30 @@ def plan_flags_given(args: argparse.Namespace) -> list[str]:
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that name columns."""
-    parser.add_argument("--text", metavar="COLUMN", help="column of the texts (found by its usual names)")
-    parser.add_argument("--label", metavar="COLUMN", help="column of the labels (found by its usual names)")
-    parser.add_argument("--truncate", action="store_true", help="cut texts that are longer than the model takes")
+    for name, what in COLUMNS.items():
+        parser.add_argument(f"--{name}", metavar="COLUMN", help=f"column of the {what} (found by its usual names)")
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut texts that are longer than the model takes (generate: the beginning of the prompt)",
+    )
+
+
+def flags_for(task: Any, args: argparse.Namespace, names: Iterable[str], known: Sequence[str]) -> dict[str, Any]:
+    """Those of the flags that were given, as arguments; UsageError for one that this task does not know."""
+    from lorakit.errors import UsageError, nearest
+
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in given:
+        if name not in known:
+            flag = name.replace("_", "-")
+            raise UsageError(f"task '{task.name}' takes no --{flag}{nearest(name, known)}")
+    return given
+
+
+def columns_for(task: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The named columns, as arguments of the task's `read`."""
+    return flags_for(task, args, COLUMNS, task.columns)
 
 
 def open_adapter(path: str) -> Any:

@@ -1,10 +1,13 @@
-"""Train an adapter on labelled texts, keep the best by the validation rows, prove it on the test rows.
+"""Train an adapter on your rows, keep the best by the validation rows, prove it on the test rows.
 
-DATA is a CSV, TSV, JSON Lines or Parquet file, a directory with train/valid/test files, a Hugging Face dataset
-directory, or demo:support. Parts that are not given are split off the training rows. The run directory gets
-plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png and summary.json.
+DATA is a CSV, TSV, JSON Lines, JSON (all four also gzip-ed) or Parquet file, a directory with train/valid/test files, a
+Hugging Face dataset directory, or demo:support. --task classify takes texts and labels; --task generate takes prompts
+and answers, Alpaca's instruction/input/output, or lists of messages (also ShareGPT's). Parts that are not given are
+split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png
+and summary.json.
 
 example: lorakit fit minilm demo:support --out runs/demo
+         lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
 """
 
 import argparse
@@ -13,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli import Reply
-from lorakit.cli.common import data_arguments, layer_arguments, plan_flags_given, plan_from, progress, say, size
+from lorakit.cli.common import (
+    TASK_HELP,
+    columns_for,
+    data_arguments,
+    flags_for,
+    layer_arguments,
+    plan_flags_given,
+    plan_from,
+    progress,
+    say,
+    size,
+)
 
 _SETTINGS = {
     "epochs": (int, "most passes over the training rows"),
@@ -43,8 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid", metavar="FILE", help="validation rows")
     parser.add_argument("--test", metavar="FILE", help="test rows")
     data_arguments(parser)
-    parser.add_argument("--task", default="classify", help="classify (default): one label for each text")
-    parser.add_argument("--pool", help="mean, cls or last (as the base wants)")
+    parser.add_argument("--task", default="classify", help=TASK_HELP)
+    parser.add_argument("--pool", help="classify: mean, cls or last (as the base wants)")
+    parser.add_argument("--template", help="generate: auto (default: the base's chat template, if any) or plain (ours)")
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
     parser.add_argument("--settings", metavar="FILE", help="TOML file with the settings below, same names")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out that was interrupted")
@@ -63,28 +78,28 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.settings import make_settings
     from lorakit.plan import Plan
     from lorakit.tasks.base import load_base
+    from lorakit.tasks.task import TASKS
 
     settings = _settings(args)
     make_settings(settings)
     if not args.out:
         raise UsageError("--out is empty; name a directory for the run")
     claim(Path(args.out), args.resume, args.overwrite)
-    if args.text and args.text == args.label:
-        raise UsageError(f"--text and --label are both '{args.text}'; the label needs a column of its own")
-    data = load_splits(
-        args.data, valid=args.valid, test=args.test, text=args.text, label=args.label, seed=settings.get("seed", 0)
-    )
+    task = TASKS[args.task]
+    columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template"), task.wishes)
+    seed = settings.get("seed", 0)
+    data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
     if args.plan and plan_flags_given(args):
         raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
-    base = load_base(args.base, pool=args.pool)
+    base = load_base(args.base, head=task.output, **wishes)
     say(
         f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
         f"{len(data.test)} to report on"
     )
-    n_leaks = len(set(data.train.texts) & {*data.valid.texts, *data.test.texts})
+    n_leaks = len(set(data.train.inputs) & {*data.valid.inputs, *data.test.inputs})
     if n_leaks:
-        say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the accuracy")
-    say(f"{len(data.labels)} labels; first row: {data.train.texts[0][:70]!r} -> {(data.train.labels or ('',))[0]}")
+        say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the result")
+    say(data.train.about())
     plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model)
     out = Path(args.out)
     try:
@@ -96,14 +111,14 @@ def run(args: argparse.Namespace) -> Reply:
             out=out,
             resume=args.resume,
             overwrite=args.overwrite,
-            watch=_Watch(),
+            watch=_Watch(task),
             **settings,
         )
     except KeyboardInterrupt:
         kept = (out / "checkpoint").is_dir()
         way = "the same command with --resume goes on from its checkpoint" if kept else "no checkpoint was written yet"
         raise StoppedError(f"interrupted; {way} ('{out}')") from None
-    return Reply(_report(result.summary, args.out), {**result.summary, "out": args.out})
+    return Reply(_report(task, result.summary, args.out), {**result.summary, "out": args.out})
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +137,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 class _Watch:
     """Shows records as they come: a bar on a terminal, a line for each epoch in a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: Any) -> None:
+        self.names = [task.metric, *(name for name in ("loss", task.drawn) if name != task.metric)][:2]
         self.move: Any = None
         self.note = ""
 
@@ -130,32 +146,41 @@ class _Watch:
         if self.move is None and sys.stderr.isatty():
             self.move = progress(total, "step")
         if record.kind == "valid":
-            values = record.values
-            self.note = f"valid accuracy {values['accuracy']:.3f}"
+            from lorakit.tasks.task import figure
+
+            first, second = (f"{name.replace('_', ' ')} {figure(name, record.values[name])}" for name in self.names)
+            self.note = f"valid {first}"
             if self.move is None:
-                say(f"epoch {record.epoch}: step {record.step} of {total}, {self.note}, loss {values['loss']:.3f}")
+                say(f"epoch {record.epoch}: step {record.step} of {total}, {self.note}, {second}")
         elif self.move is not None:
             self.move(record.step, f"loss {record.values['loss']:.3f}, {self.note}")
 
 
-def _report(summary: dict[str, Any], out: str) -> str:
+def _report(task: Any, summary: dict[str, Any], out: str) -> str:
+    from lorakit.tasks.task import figure
+
     before, after = summary["before"], summary["test"]
     program = sys.argv[0] if Path(sys.argv[0]).name == "lorakit" else "lorakit"
     own, whole = summary["adapter_bytes"], summary["base_bytes"]
-    return "\n".join(
-        [
-            "",
-            f"held-out accuracy  {before['accuracy']:.1%} -> {after['accuracy']:.1%}   "
-            f"(macro F1 {after['macro_f1']:.3f}, {summary['rows']['test']} test rows)",
-            f"adapter            {size(own)}, {own / whole:.1%} of the base's {size(whole)}",
-            f"training           {summary['steps']} steps in {summary['train_s']:.0f} s, "
-            f"{summary['tokens_per_s']:,} tokens/s on {summary['threads']} threads in {summary['dtype']}; "
-            f"{summary['total_s']:.0f} s in all",
-            *([f"frozen prefix      {summary['prefix']}"] if not summary["prefix"].startswith("off") else []),
-            *([f"padded             {summary['padded']}"] if summary["padded"] else []),
-            f"kept               epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
-            f"{'; stopped early, no better one came' if summary['stopped_early'] else ''}",
-            f"run directory      {out}",
-            f"next               {program} predict {out} --say 'my parcel never came'  |  {program} inspect {out}",
-        ]
-    )
+    rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
+    kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
+    lines = [
+        (
+            f"held-out {task.metric}",
+            f"{figure(task.metric, before[task.metric])} -> {figure(task.metric, after[task.metric])}   "
+            f"({', '.join(rest)}, {summary['rows']['test']} test rows)",
+        ),
+        ("adapter", f"{size(own)}, {own / whole:.1%} of the base's {size(whole)}"),
+        (
+            "training",
+            f"{summary['steps']} steps in {summary['train_s']:.0f} s, {summary['tokens_per_s']:,} tokens/s on "
+            f"{summary['threads']} threads in {summary['dtype']}; {summary['total_s']:.0f} s in all",
+        ),
+        *([("frozen prefix", summary["prefix"])] if not summary["prefix"].startswith("off") else []),
+        *([("padded", summary["padded"])] if summary["padded"] else []),
+        ("kept", f"{kept}{'; stopped early, no better one came' if summary['stopped_early'] else ''}"),
+        *task.told(summary),
+        ("run directory", out),
+        ("next", f"{program} predict {out} --say '{task.try_it}'  |  {program} inspect {out}"),
+    ]
+    return "\n".join(["", *(f"{word:<18} {text}" for word, text in lines)])

@@ -17,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, looks, prints a table."""
+    from lorakit.fit.use import load_base_of
     from lorakit.inspect import inspect
-    from lorakit.tasks.base import load_base
 
     adapter = open_adapter(args.adapter)
-    view = inspect(adapter, load_base(args.base).model if args.base else None)
+    view = inspect(adapter, load_base_of(adapter, args.base).model if args.base else None)
     return Reply(str(view), view.values())

@@ -25,30 +25,31 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.attach import attach, merge
     from lorakit.errors import UsageError
     from lorakit.files import replaced_directory, write_json, write_tensors
-    from lorakit.fit.use import HEAD_FILE, TASK
-    from lorakit.tasks.base import load_base
-    from lorakit.tasks.classify import HEAD, Classify
+    from lorakit.fit.use import HEAD_FILE, TASK, load_base_of
+    from lorakit.tasks.task import task_of
 
     out = Path(args.out)
     if out.exists():
         raise UsageError(f"'{out}' exists already; name another directory")
     adapter = open_adapter(args.adapter)
-    if not (args.base or adapter.base_name):
-        raise UsageError("the adapter does not say which base it was made on; name it with --base")
-    base = load_base(args.base or adapter.base_name)
+    base = load_base_of(adapter, args.base)
     note = adapter.meta.get("task")
+    name = ""
     if note:
-        Classify.from_note(note).prepare(base.model)
+        task = task_of(note)
+        task.prepare(base.model)
+        name = task.head
     attach(base.model, adapter)
     merge(base.model)
-    head = base.model.get_submodule(HEAD).state_dict() if note else {}
-    base.model._modules.pop(HEAD, None)  # the plain trunk, as other programs know it
+    head = base.model.get_submodule(name).state_dict() if name else {}
+    base.model._modules.pop(name, None)  # the plain model, as other programs know it
     with replaced_directory(out) as work:
         base.model.save_pretrained(work)  # type: ignore[operator]
         base.tokenizer.save_pretrained(work)
         if note:
             write_json(work / TASK, note)
-            write_tensors(work / HEAD_FILE, {f"{HEAD}.{key}": t for key, t in head.items()})
+        if head:
+            write_tensors(work / HEAD_FILE, {f"{name}.{key}": t for key, t in head.items()})
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
     text = f"{len(adapter.layers)} layers merged into {base.name}, {size(n_bytes)}, written to {out}"
     return Reply(text, {"layers": len(adapter.layers), "base": base.name, "bytes": n_bytes, "out": str(out)})

@@ -9,12 +9,13 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import layer_arguments, plan_from
+from lorakit.cli.common import TASK_HELP, layer_arguments, plan_from
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("base", help="minilm, a Transformers directory, or a name on the hub")
+    parser.add_argument("--task", default="classify", help=TASK_HELP)
     layer_arguments(parser)
     parser.add_argument("--out", metavar="FILE", help="write the plan here instead of printing it")
 
@@ -24,8 +25,9 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.describe import describe
     from lorakit.method import METHODS
     from lorakit.tasks.base import load_base
+    from lorakit.tasks.task import TASKS
 
-    base = load_base(args.base)
+    base = load_base(args.base, head=TASKS[args.task].output)
     plan = plan_from(args, base.model)
     specs = {spec.path: spec for spec in describe(base.model)}
     count = sum(METHODS[entry.method].size(specs[path], entry.rank) for path, entry in plan.layers.items())

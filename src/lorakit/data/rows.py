@@ -1,29 +1,75 @@
-"""Rows: texts with labels, and the three parts of a data set. Values; where they come from is `sources.py`."""
+"""Rows: texts with labels; what every form of rows can do; and the three parts of a data set. Values.
+
+Where they come from is `sources.py`. A task with other data (dialogues, pairs ...) brings a Part of its own.
+"""
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
 
 from lorakit.errors import DataError, listed
 
 
+class Part(ABC):
+    """Rows of one table, in whatever form a task takes them. `lines` are the row numbers in `source`, for messages."""
+
+    source: str
+    lines: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """What the model is given of each row, as one text."""
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> Self:
+        """The rows at these positions."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of all that is learned from, in its order."""
+
+    @abstractmethod
+    def about(self) -> str:
+        """A line for people: what is in it, and the first row."""
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The class of each row, where rows fall into classes that every part of a split must have; else None."""
+        return None
+
+    def faults(self, valid: Self, test: Self) -> list[str]:
+        """Why it cannot be learned from and measured by these two; empty if it can."""
+        return []
+
+
+P = TypeVar("P", bound=Part)
+_FEW_INPUTS = 10  # below it a tenth of them is none
+
+
 @dataclass(frozen=True)
-class Rows:
-    """`texts` and, where known, one label each. `lines` are the row numbers in `source`, for messages."""
+class Rows(Part):
+    """`texts` and, where known, one label each."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
     source: str
     lines: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
     def __repr__(self) -> str:
         kinds = f", {len(set(self.labels))} labels" if self.labels else ", no labels"
         return f"Rows({len(self)} texts{kinds}, '{self.source}')"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The texts."""
+        return self.texts
 
     def take(self, indices: Sequence[int]) -> "Rows":
         """The rows at these positions."""
@@ -37,37 +83,49 @@ class Rows:
             digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
         return digest.hexdigest()[:16]
 
+    def about(self) -> str:
+        """How many labels, and the first row."""
+        labels = self.labels or ("",)
+        return f"{len(set(labels))} labels; first row: {self.texts[0][:70]!r} -> {labels[0]}"
 
-@dataclass(frozen=True)
-class Splits:
-    """Rows to learn from, to choose by, and to report on."""
+    def classes(self) -> tuple[str, ...] | None:
+        """The labels."""
+        return self.labels
 
-    train: Rows
-    valid: Rows
-    test: Rows
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the training rows, sorted (numbers by value)."""
-        found = set(self.train.labels or ())
-        return tuple(sorted(found, key=lambda label: (not label.lstrip("-").isdigit(), _number(label), label)))
-
-    def checked(self) -> "Splits":
-        """Itself, if it can be learned from: labels everywhere, more than one class, none unseen in training."""
-        faults = [
-            f"'{part.source}' has no labels" for part in (self.train, self.valid, self.test) if part.labels is None
-        ]
-        known = set(self.labels)
+    def faults(self, valid: "Rows", test: "Rows") -> list[str]:
+        """Labels must be everywhere, of more than one class, and none unseen in training."""
+        faults = [f"'{part.source}' has no labels" for part in (self, valid, test) if part.labels is None]
+        known = set(self.labels or ())
         if not faults and len(known) < 2:
             only = next(iter(known), "nothing")
-            faults.append(f"'{self.train.source}' has one class only ('{only}'); at least two are needed to learn from")
-        for part in (self.valid, self.test):
+            faults.append(f"'{self.source}' has one class only ('{only}'); at least two are needed to learn from")
+        for part in (valid, test):
             for label, line in zip(part.labels or (), part.lines):
                 if known and label not in known:
                     faults.append(
                         f"'{part.source}' row {line}: label '{label}' does not occur in the training rows; "
                         "add examples of it there, or remove the row"
                     )
+        return faults
+
+
+@dataclass(frozen=True)
+class Splits(Generic[P]):
+    """Rows to learn from, to choose by, and to report on."""
+
+    train: P
+    valid: P
+    test: P
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the training rows, sorted (numbers by value); none where rows have none."""
+        found = set(self.train.classes() or ())
+        return tuple(sorted(found, key=lambda label: (not label.lstrip("-").isdigit(), _number(label), label)))
+
+    def checked(self) -> Self:
+        """Itself, if it can be learned from; DataError with every reason why not."""
+        faults = self.train.faults(self.valid, self.test)
         if faults:
             raise DataError(listed(faults))
         return self
@@ -77,28 +135,40 @@ def _number(label: str) -> int:
     return int(label) if label.lstrip("-").isdigit() else 0
 
 
-def split(rows: Rows, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Splits:
-    """Splits one table at random within each label; every part gets at least one row of a label with 3 rows or more."""
-    if rows.labels is None:
-        raise DataError(f"'{rows.source}' has no labels, so it cannot be split for learning")
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, label in enumerate(rows.labels):
-        groups[label].append(index)
+def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Splits[P]:
+    """Splits one table at random, within each class where there are classes; each part gets a row of every class.
+
+    Where there are none, rows with the same input stay together, so that no part knows an input of another (unless
+    there are fewer than ten inputs). DataError where there are too few rows.
+    """
+    classes = rows.classes()
+    n_rows = Counter(classes or [""] * len(rows))
     least = 1 + (valid > 0) + (test > 0)
-    few = {label: n for label, n in Counter(rows.labels).items() if n < least}
-    if few:
-        label, n = next(iter(few.items()))
+    few = {name: n for name, n in n_rows.items() if n < least}
+    if few or not n_rows:
+        name, n = next(iter(few.items()), ("", 0))
         raise DataError(
-            f"'{rows.source}': label '{label}' has {n} row{'s' if n > 1 else ''}; at least {least} are needed to split "
-            "off rows to validate and test on; add rows, or give those parts as files of their own"
+            f"'{rows.source}'{f': label {name!r}' if name else ''} has {n} row{'s' if n != 1 else ''}; at least "
+            f"{least} are needed to split off rows to validate and test on; add rows, or give those parts as files of "
+            "their own"
         )
     draw = random.Random(seed)
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for label in sorted(groups):
-        members = groups[label]
-        draw.shuffle(members)
-        n_valid, n_test = (max(1, round(len(members) * share)) if share else 0 for share in (valid, test))
-        parts[1].extend(members[:n_valid])
-        parts[2].extend(members[n_valid : n_valid + n_test])
-        parts[0].extend(members[n_valid + n_test :])
-    return Splits(*(rows.take(sorted(part)) for part in parts))
+    for units in _units(rows, classes):
+        draw.shuffle(units)
+        n_valid, n_test = (max(1, round(len(units) * share)) if share else 0 for share in (valid, test))
+        ends = (n_valid, n_valid + n_test, len(units))
+        for part, begin, end in zip((1, 2, 0), (0, *ends), ends):
+            parts[part].extend(index for unit in units[begin:end] for index in unit)
+    train, held, proof = (rows.take(sorted(part)) for part in parts)
+    return Splits(train, held, proof)
+
+
+def _units(rows: Part, classes: Sequence[str] | None) -> list[list[list[int]]]:
+    """What must not be torn apart, for each class: positions of rows."""
+    if classes is not None:
+        return [[[i] for i, other in enumerate(classes) if other == name] for name in sorted(set(classes))]
+    same: dict[str, list[int]] = defaultdict(list)
+    for index, text in enumerate(rows.inputs):
+        same[text].append(index)
+    return [list(same.values()) if len(same) >= _FEW_INPUTS else [[i] for i in range(len(rows))]]

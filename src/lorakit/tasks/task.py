@@ -1,32 +1,89 @@
-"""What a task is: from rows to tokens with labels, from hidden states to a loss, from scores to metrics.
+"""What a task is: from rows to tokens with labels, from hidden states to a loss, from scores to metrics and answers.
 
-The engine (trunk/, fit/) knows no task; a task knows no batch size, no dtype, no optimizer. A new one is one file.
+The engine (trunk/, fit/) knows no task; a task knows no batch size, no dtype, no optimizer. A new one is one file in
+this room: a class with `@TASKS.add_class`, or one of another package under the entry-point group `lorakit.tasks`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
 from lorakit.data.batches import Batch, Tokens
-from lorakit.data.rows import Rows
+from lorakit.data.rows import Part, Splits
 from lorakit.errors import DataError
+from lorakit.registry import Registry
+from lorakit.tasks.base import Base, load_base
+
+Scores = Callable[[Tokens], Tensor]  # what a task's `scores` gives for all texts, `(texts, k)`: the trunk is run for it
+
+
+class Evaluated(Protocol):
+    """What `Task.evaluate` gives, at the least; `str` of it is for people."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def n_rows(self) -> int: ...
 
 
 class Task(ABC):
-    """One kind of job. Class attributes: `name`, and `head`, the module that is trained fully beside the adapter."""
+    """One kind of job. The class says how to get data and base for it; an instance knows what it was trained for."""
 
     name: ClassVar[str]
-    head: ClassVar[str] = ""
-    metric: ClassVar[str]
+    part: ClassVar[type[Part]]  # the form of its rows
+    metric: ClassVar[str]  # by which the best is kept (see `better`) and the result is told
+    drawn: ClassVar[str]  # the metric, from 0 to 1, that curve.png shows beside the loss
+    head: ClassVar[str] = ""  # the module that is trained fully beside the adapter
+    output: ClassVar[str] = "none"  # the head that the base brings along: see `load_base`
+    wishes: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of the base: names of arguments of `load_base`
+    columns: ClassVar[tuple[str, ...]]  # what a caller may name of a table: names of arguments of `read`
+    options: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `predict`
+    peft_task: ClassVar[str] = ""  # PEFT's task_type
+    try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with
+
+    # ---------------------------------------------------------------- before there is one
+
+    @classmethod
+    @abstractmethod
+    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Part:
+        """The rows of one table; without what is to be learned if not `answers`."""
+
+    @classmethod
+    def refuse_other(cls, rows: Part) -> None:
+        """DataError if the rows are not of the form that the task takes."""
+        if not isinstance(rows, cls.part):
+            raise DataError(f"task '{cls.name}' takes {cls.part.__name__}, and these are {type(rows).__name__}")
+
+    @classmethod
+    @abstractmethod
+    def asked(cls, given: Sequence[Any]) -> Part:
+        """Rows to predict from Python values."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, data: Splits[Any], base: Base) -> Self:
+        """The task for these rows and this base. DataError or UsageError if they do not go together."""
+
+    @classmethod
+    @abstractmethod
+    def from_note(cls, note: Mapping[str, Any]) -> Self:
+        """The inverse of `note`."""
+
+    # ---------------------------------------------------------------- in training
+
+    @abstractmethod
+    def note(self) -> dict[str, Any]:
+        """What an adapter must remember to be used again: values that JSON has, and `name`."""
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
         """Gives the trunk what it needs beside it (a head); what is there already is left as it is."""
 
     @abstractmethod
-    def tokens(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
+    def tokens(self, rows: Any, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids and labels of all rows. DataError names every row that cannot be used."""
 
     @abstractmethod
@@ -41,23 +98,55 @@ class Task(ABC):
     def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
         """Metrics over all rows from `scores (rows, k)`; `loss` is among them."""
 
-    @abstractmethod
-    def note(self) -> dict[str, Any]:
-        """What an adapter must remember to be used again."""
-
-    @classmethod
-    @abstractmethod
-    def from_note(cls, note: Mapping[str, Any]) -> "Task":
-        """The inverse of `note`."""
-
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """A higher metric; the lower loss decides between equals."""
         return old is None or (new[self.metric], -new["loss"]) > (old[self.metric], -old["loss"])
 
+    def tried(self, base: Base, rows: Any) -> dict[str, Any]:
+        """What the trained model does when it is tried on held-out rows: more values for the summary."""
+        return {}
 
-def refuse_long(rows: Rows, ids: Sequence[Sequence[int]], max_length: int) -> None:
-    """DataError if a text has more tokens than the model has positions."""
-    long = [(line, len(entry)) for line, entry in zip(rows.lines, ids) if len(entry) > max_length]
+    # ---------------------------------------------------------------- in use
+
+    def load_base(self, name: str) -> Base:
+        """The base, as it was loaded for training."""
+        return load_base(name, head=self.output, max_length=self.note().get("max_length"))
+
+    @abstractmethod
+    def predict(self, rows: Any, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> list[Any]:
+        """An answer for every row, in order. `base` has the adapter attached."""
+
+    @abstractmethod
+    def evaluate(self, rows: Any, base: Base, scores: Scores, *, truncate: bool) -> Evaluated:
+        """How good the answers are for rows whose right answers are known."""
+
+    def shown(self, found: Sequence[Any]) -> str:
+        """Predictions for people."""
+        return "\n".join(map(str, found))
+
+    @classmethod
+    def told(cls, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What `tried` brought, for people: a word and a line each."""
+        return []
+
+
+TASKS: Registry[Any] = Registry("task", "lorakit.tasks")
+
+
+def task_of(note: Mapping[str, Any]) -> Task:
+    """The task that wrote this note."""
+    task: Task = TASKS[note["name"]].from_note(note)
+    return task
+
+
+def figure(name: str, value: float) -> str:
+    """A metric for people: an accuracy in per cent, everything else with three decimals."""
+    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.3f}"
+
+
+def refuse_long(rows: Part, lines: Sequence[int], ids: Sequence[Sequence[int]], max_length: int) -> None:
+    """DataError if a text has more tokens than the model has positions. `lines`: the row of each."""
+    long = [(line, len(entry)) for line, entry in zip(lines, ids) if len(entry) > max_length]
     if long:
         line, n = max(long, key=lambda pair: pair[1])
         raise DataError(

@@ -1,0 +1,191 @@
+"""Tables: column names and rows of CSV, TSV, JSON Lines, JSON, Parquet, a Hugging Face dataset directory, the demo.
+
+Text files may be gzip-ed (`.csv.gz`, `.jsonl.gz` ...). Every fault of a file is a DataError that names its row.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DataError, MissingExtraError, listed, nearest
+
+DEMO = "demo:"
+
+Table = Iterator[tuple[int, dict[str, Any]]]  # row number as a person counts it, column -> value
+
+
+def open_table(source: str | Path) -> tuple[list[str], Table]:
+    """Column names and rows of one table. DataError names the file, where it can the row, and the way out."""
+    name = str(source)
+    if name.startswith(DEMO):
+        return _demo(name.removeprefix(DEMO))
+    path = Path(source)
+    if path.is_dir():
+        if not is_dataset(path):
+            raise DataError(f"'{path}' is a directory without data_*.arrow files; name a file in it")
+        return _read_arrow(path)
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist")
+    reader = _READERS.get(_suffix(path))
+    if reader is None:
+        raise DataError(f"'{path}': files ending in '{_suffix(path)}' are not read; use {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"'{path}' is empty")
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"'{path}' is not UTF-8 text ({error}); save it as UTF-8, or check that it is the right file"
+        ) from None
+    except csv.Error as error:
+        raise DataError(f"'{path}' is not a table of comma-separated values ({error}); check its quotes") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"'{path}' cannot be unpacked ({error}); it is damaged, or no gzip file") from None
+    except OSError as error:
+        raise DataError(f"cannot read '{path}': {error.strerror or error}") from None
+
+
+def _suffix(path: Path) -> str:
+    """`.csv`, or both of `.csv.gz`."""
+    ends = [end.lower() for end in path.suffixes]
+    return "".join(ends[-2:]) if ends[-1:] == [_GZ] else "".join(ends[-1:])
+
+
+def _format(path: Path) -> str:
+    return _suffix(path).removesuffix(_GZ)
+
+
+def _text(path: Path) -> str:
+    """The whole file, unpacked, as text; line ends as they are."""
+    content = path.read_bytes()
+    return (gzip.decompress(content) if _suffix(path).endswith(_GZ) else content).decode("utf-8-sig")
+
+
+def _demo(name: str) -> tuple[list[str], Table]:
+    folder = resources.files("lorakit.data") / "demo"
+    known = sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
+    if name not in known:
+        raise DataError(f"there is no demo table '{name}'{nearest(name, known)}")
+    with resources.as_file(folder / f"{name}.csv") as path:
+        return _read_csv(path)
+
+
+def _read_csv(path: Path) -> tuple[list[str], Table]:
+    delimiter = "\t" if _format(path) == ".tsv" else ","
+    rows = list(csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
+    if not rows:
+        raise DataError(f"'{path}' is empty")
+    header = [column.strip() for column in rows[0]]
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise DataError(f"'{path}' names column '{twice[0]}' twice in its header")
+    faults = [
+        f"row {number}: {len(row)} fields where the header has {len(header)}"
+        for number, row in enumerate(rows[1:], 2)
+        if row and len(row) != len(header)
+    ]
+    if faults:
+        raise DataError(f"'{path}': {listed(faults, 5)}; a text with a comma must stand in double quotes")
+    return header, ((number, dict(zip(header, row))) for number, row in enumerate(rows[1:], 2) if row)
+
+
+def _read_json_lines(path: Path) -> tuple[list[str], Table]:
+    content = _text(path)
+    records: list[tuple[int, Any]] = []
+    faults: list[str] = []
+    if _format(path) == ".json":
+        try:
+            whole = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise DataError(f"'{path}' is not valid JSON: {error}") from None
+        if not isinstance(whole, list):
+            raise DataError(f"'{path}' must hold a list of objects; for one object a line name it .jsonl")
+        records = list(enumerate(whole, 1))
+    else:
+        for number, line in enumerate(content.split("\n"), 1):  # splitlines would also split inside a text, at U+2028
+            if line.strip():
+                try:
+                    records.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    faults.append(f"row {number}: not valid JSON ({error.msg})")
+    faults += [f"row {number}: not an object" for number, record in records if not isinstance(record, dict)]
+    if faults:
+        raise DataError(f"'{path}': {listed(faults, 5)}")
+    columns = list(dict.fromkeys(column for _, record in records for column in record))
+    return columns, iter(records)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data") from None
+    return pyarrow
+
+
+def _rows_of(table: Any) -> tuple[list[str], Table]:
+    return list(table.column_names), enumerate(table.to_pylist(), 1)
+
+
+def _read_parquet(path: Path) -> tuple[list[str], Table]:
+    arrow = _arrow()
+    try:
+        return _rows_of(arrow.parquet.read_table(path))
+    except arrow.ArrowInvalid as error:
+        raise DataError(f"'{path}' is not a readable Parquet file: {error}") from None
+
+
+def is_dataset(path: Path) -> bool:
+    """Is it a directory that `datasets.Dataset.save_to_disk` wrote?"""
+    return (path / "state.json").is_file() or any(path.glob("*.arrow"))
+
+
+def _read_arrow(path: Path) -> tuple[list[str], Table]:
+    """A directory written by `datasets.Dataset.save_to_disk`; label numbers become the names of its features."""
+    arrow = _arrow()
+    state = path / "state.json"
+    if state.is_file():
+        files = [path / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    else:
+        files = sorted(path.glob("*.arrow"))
+    try:
+        table = arrow.concat_tables([arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all() for file in files])
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"'{path}' is not a readable dataset directory: {error}") from None
+    names = _label_names(path)
+    columns, rows = _rows_of(table)
+    if not names:
+        return columns, rows
+    return columns, (
+        (n, {k: names[k][v] if k in names and isinstance(v, int) else v for k, v in row.items()}) for n, row in rows
+    )
+
+
+def _label_names(path: Path) -> dict[str, list[str]]:
+    info = path / "dataset_info.json"
+    if not info.is_file():
+        return {}
+    features = json.loads(info.read_text(encoding="utf-8")).get("features") or {}
+    return {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+_GZ = ".gz"
+_TEXTS: dict[str, Callable[[Path], tuple[list[str], Table]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+}
+_READERS = {**_TEXTS, ".parquet": _read_parquet, **{f"{suffix}{_GZ}": reader for suffix, reader in _TEXTS.items()}}
+SUFFIXES = tuple(_READERS)

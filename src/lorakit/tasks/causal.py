@@ -1,0 +1,114 @@
+"""From hidden states of a causal language model to losses of tokens, as the model itself would compute its logits.
+
+Most models multiply the last hidden state by one matrix; that is computed without ever holding all logits
+(attach/kernels/labels.py). Others scale or squash the logits too (Cohere, Granite, Gemma 2), and a head may itself be
+adapted or trained: then the rows go through the model's own code behind its body. Which it is, is proved, not known.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.attach.kernels.labels import label_loss, label_scores
+from lorakit.errors import UsageError
+
+_ROWS = 1024  # of logits at once, where the model computes them itself
+_TRIAL = 10  # tokens
+_TOLERANCE = 1e-4  # of the largest value, in float32: the same sums in another order
+
+
+@torch.no_grad()
+def has_plain_logits(model: nn.Module) -> bool:
+    """Are the logits of this model its last hidden states times the weight of its head?
+
+    UsageError where the model cannot write at all: it has no head, or its tokens see those that come after them.
+    """
+    body: Any = getattr(model, "base_model", None)
+    head = head_of(model)
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    ids = torch.arange(2, 2 + 5 * _TRIAL, 5, device=embeddings.device) % len(embeddings)
+    other = ids.clone()
+    other[-1] = (other[-1] + 1) % len(embeddings)
+    hidden, changed = (body(input_ids=x[None]).last_hidden_state[0].float() for x in (ids, other))
+    if _differ(hidden[:-1], changed[:-1]):
+        raise UsageError(
+            f"this {type(model).__name__} is no decoder: a token in it sees those that come after it, so it would "
+            "learn to copy and not to write; take a base that was made to write text"
+        )
+    if not isinstance(head, nn.Linear) or head.weight.shape[1] != hidden.shape[1]:
+        return False
+    bias = None if head.bias is None else head.bias.float()
+    logits = model(input_ids=ids[None]).logits[0].float()
+    return not _differ(F.linear(hidden, head.weight.float(), bias), logits)
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    return float((x - y).abs().max()) > _TOLERANCE * max(1.0, float(y.abs().max()))
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The module that makes logits; UsageError where there is none."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    if not isinstance(head, nn.Module) or getattr(model, "base_model", model) is model:
+        raise UsageError(
+            f"this {type(model).__name__} has no head that writes text; load it with load_base(name, head='causal')"
+        )
+    return head
+
+
+def summed_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> Tensor:
+    """The summed cross-entropy of `labels (n,)` by `hidden (n, d)`, in nats."""
+    head: Any = head_of(model)
+    labels = labels.to(hidden.device)
+    if plain and not head._modules:
+        return label_loss(hidden, head.weight, labels, head.bias)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, wanted in zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS)):
+        total = total + F.cross_entropy(own_logits(model, part).float(), wanted, reduction="sum")
+    return total
+
+
+@torch.no_grad()
+def each_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> Tensor:
+    """`(n, 2)`: the loss of each label, and 1 where it is the most probable one."""
+    head: Any = head_of(model)
+    labels = labels.to(hidden.device)
+    if plain and not head._modules:
+        return label_scores(hidden, head.weight, labels, head.bias)
+    found = []
+    for part, wanted in zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS)):
+        logits = own_logits(model, part).float()
+        loss = F.cross_entropy(logits, wanted, reduction="none")
+        found.append(torch.stack([loss, (logits.argmax(-1) == wanted).float()], -1))
+    return torch.cat(found)
+
+
+def own_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """`hidden (n, d)` -> `(n, o)` by the model's own forward, in which these stand for what its body gives."""
+    body: Any = model.base_model
+    before = body.__dict__.get("forward")
+    body.__dict__["forward"] = lambda *_, **__: _Given(hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del body.__dict__["forward"]
+        if before is not None:
+            body.__dict__["forward"] = before
+    return logits[0]
+
+
+class _Given:
+    """Looks like the output of a body: last hidden states, and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None

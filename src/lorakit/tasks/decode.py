@@ -1,0 +1,89 @@
+"""Writing on: what a causal language model says after given tokens, through Transformers' own `generate`."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_TOGETHER = 16  # texts that are continued in one batch
+
+
+@torch.no_grad()
+def continued(
+    model: nn.Module,
+    questions: Sequence[Sequence[int]],
+    *,
+    ends: Collection[int],
+    most: int,
+    max_length: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[tuple[list[int], bool]]:
+    """New tokens after each question, without the one that ends them; and did one of `ends` end them?
+
+    At most `most` tokens, and no more than `max_length` with the question. `temperature` 0 takes the most probable
+    token, above 0 draws by `seed`. Questions are continued in batches of like length, padded on the left.
+    """
+    found: list[tuple[list[int], bool]] = [([], False)] * len(questions)
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with _blank_wishes(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for part, n_new in _batches([len(question) for question in questions], most, max_length):
+            rows = _continue(model, [questions[i] for i in part], ends, n_new, temperature)
+            for i, row in zip(part, rows):
+                stop = next((place for place, token in enumerate(row) if token in ends), None)
+                found[i] = (row[:stop], stop is not None)
+    return found
+
+
+def _batches(lengths: Sequence[int], most: int, max_length: int) -> Iterator[tuple[list[int], int]]:
+    """Places of the questions of each batch, and how many tokens they may get. One with less room goes alone."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        room = max_length - lengths[i]
+        if room < most:
+            yield [i], max(room, 0)
+            continue
+        part.append(i)
+        if len(part) == _TOGETHER:
+            yield part, most
+            part = []
+    if part:
+        yield part, most
+
+
+def _continue(
+    model: Any, questions: Sequence[Sequence[int]], ends: Collection[int], n_new: int, temperature: float
+) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    if n_new < 1:
+        return [[] for _ in questions]
+    longest = max(map(len, questions))
+    pad = min(ends)  # hidden by the mask on the left; on the right it stands behind an end
+    device = next(model.parameters()).device
+    ids = torch.full((len(questions), longest), pad, device=device)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, longest - len(question) :] = torch.tensor(question, device=device)
+        mask[row, longest - len(question) :] = 1
+    draw = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    config = GenerationConfig(max_new_tokens=n_new, eos_token_id=sorted(ends), pad_token_id=pad, **draw)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    rows: list[list[int]] = out[:, longest:].tolist()
+    return rows
+
+
+@contextmanager
+def _blank_wishes(model: Any) -> Iterator[None]:
+    """Within the block, the sampling that a base brings along (penalties, top-k ...) does not mix in."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
