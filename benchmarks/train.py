@@ -103,9 +103,7 @@ def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
     for turn in range(turns):
         took = {}
         for name in ("top", "all") if turn % 2 else ("all", "top"):
-            more: dict[str, Any] = (
-                {"plan": {"blocks": "last 3"}} if name == "top" else {"settings": {"prefix": "off"}}
-            )
+            more: dict[str, Any] = {"plan": {"blocks": "last 3"}} if name == "top" else {"settings": {"prefix": "off"}}
             side = Side(OURS, job, rows=rows, **more)
             side.run(0)  # built
             took[name] = sum(side.run(n_steps)["seconds"] for _ in range(3))

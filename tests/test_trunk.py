@@ -252,3 +252,23 @@ def test_parameters_in_one_buffer_are_the_same_parameters() -> None:
     flat.release()
     assert one.grad is None
     assert one.untyped_storage().nbytes() == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("llama", {"LlamaRMSNorm"}),
+        ("gemma", {"GemmaRMSNorm", "GELUTanh"}),
+        ("gpt2", {"NewGELUActivation"}),
+        ("bert", set()),
+    ],
+)
+def test_norms_and_activations_are_recognised_by_what_they_answer(name: str, swapped: set[str]) -> None:
+    model = model_of(PACKED[name])
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.weight.data.add_(torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(4)))  # type: ignore[operator,union-attr]
+    lk.attach(model, lk.plan(model, rank=2), seed=0)
+    with Trunk(model):
+        found = {type(m).__name__ for m in model.modules() if not m._modules and "forward" in m.__dict__}
+    assert found - {"Linear"} == swapped

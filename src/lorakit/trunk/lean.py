@@ -1,8 +1,10 @@
-"""Frozen layers that cost less for a while: products with a weight kept in the library's own order.
+"""Frozen layers that cost less for a while: products with a packed weight, activations and norms in one reading.
 
 The layer's forward is replaced on the instance, as under the fused drive, and given back. What learns is left alone.
+Which activation or norm a module is, its own answers say: it is replaced if ours gives the same on random numbers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.products import Packed, frozen_linear, pack
+from lorakit.attach.kernels.rows import gelu_tanh, rms_norm
 from lorakit.kinds import Kind, kind_of
+
+Run = Callable[[Tensor], Tensor]
+_CLOSE = 1e-5  # float32, numbers of size 1 to 10
 
 
 class Lean:
-    """The frozen linear layers of a model, run by our products until `release`."""
+    """The frozen layers of a model, run our way until `release`. To be made while they are in float32 or half."""
 
     def __init__(self, model: nn.Module) -> None:
         self._changed: list[nn.Module] = []
         for module in model.modules():
-            kind = kind_of(module)
-            if kind is None or not kind.fusable or not kind.plain(module) or "forward" in module.__dict__:
-                continue
-            if module._modules:
-                continue  # adapted or trained
-            weight = kind.canonical(module, module.weight)  # type: ignore[arg-type]
-            module.__dict__["forward"] = partial(_forward, module, kind, pack(weight))
-            self._changed.append(module)
+            if module._modules or "forward" in module.__dict__:
+                continue  # a container, adapted, or trained
+            run = _products_of(module) or _rows_of(module)
+            if run is not None:
+                module.__dict__["forward"] = partial(_forward, module, run)
+                self._changed.append(module)
 
     def release(self) -> None:
         """Puts the layers back."""
@@ -34,9 +38,53 @@ class Lean:
             module.__dict__.pop("forward", None)
 
 
-def _forward(module: nn.Module, kind: Kind, packed: Packed | None, *args: Any, **kwargs: Any) -> Tensor:
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+def _forward(module: nn.Module, run: Run, *args: Any, **kwargs: Any) -> Any:
     learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in module._parameters.values())
-    if learns or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    if learns or len(args) != 1 or kwargs or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return type(module).forward(module, *args, **kwargs)
+    return run(args[0])
+
+
+def _products_of(module: nn.Module) -> Run | None:
+    kind = kind_of(module)
+    if kind is None or not kind.fusable or not kind.plain(module):
+        return None
+    packed = pack(kind.canonical(module, module.weight))  # type: ignore[arg-type]
+    return partial(_product, module, kind, packed)
+
+
+def _product(module: nn.Module, kind: Kind, packed: Packed | None, x: Tensor) -> Tensor:
     return frozen_linear(x, kind.canonical(module, module.weight), module.bias, packed)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _rows_of(module: nn.Module) -> Run | None:
+    """Our form of an activation without parameters or of a norm with one vector, if it is the same."""
+    if isinstance(module, nn.Dropout | nn.Identity | nn.GELU | nn.SiLU | nn.ReLU | nn.Tanh) or module._buffers:
+        return None  # one operation of torch, or none
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if not parameters:
+        return gelu_tanh if _same(module, gelu_tanh, 48) else None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if len(parameters) != 1 or parameters[0].ndim != 1 or not isinstance(eps, float):
+        return None
+    weight = parameters[0].detach().float()
+    for scale in (weight, weight + 1):  # Gemma keeps its weight less one
+        run = partial(rms_norm, weight=scale, eps=eps)
+        if _same(module, run, len(weight)):
+            return run
+    return None
+
+
+def _same(module: nn.Module, run: Run, width: int) -> bool:
+    """The module and our function answer alike."""
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 3
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    try:
+        mine = module(x.to(dtype))
+    except Exception:  # whatever it is, it wants something else
+        return False
+    if not isinstance(mine, Tensor) or mine.shape != x.shape:
+        return False
+    bound = _CLOSE if dtype == torch.float32 else 0.02
+    return float((mine.float() - run(x.to(dtype)).float()).abs().max()) <= bound * float(mine.float().abs().max())
