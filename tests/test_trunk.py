@@ -44,6 +44,27 @@ def gemma2() -> nn.Module:
     return tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, head_dim=8))
 
 
+def mistral() -> nn.Module:
+    return tf.MistralForCausalLM(tf.MistralConfig(**SIZES, sliding_window=3))
+
+
+def gemma3() -> nn.Module:
+    layers = ["sliding_attention", "full_attention"]
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=layers))
+
+
+def gpt_neo() -> nn.Module:
+    config = tf.GPTNeoConfig(
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        vocab_size=40,
+        max_position_embeddings=32,
+        attention_types=[[["global", "local"], 1]],
+    )
+    return tf.GPTNeoForCausalLM(config)
+
+
 def t5_encoder() -> nn.Module:
     config = tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40, dropout_rate=0.0)
     return tf.T5EncoderModel(config)
@@ -59,8 +80,10 @@ PACKED: dict[str, Callable[[], nn.Module]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "gemma": gemma,
+    "gemma3": gemma3,
+    "mistral": mistral,
 }
-PADDED: dict[str, Callable[[], nn.Module]] = {"gemma2": gemma2, "t5": t5_encoder}
+PADDED: dict[str, Callable[[], nn.Module]] = {"gemma2": gemma2, "t5": t5_encoder, "gpt_neo": gpt_neo}
 LENGTHS = (5, 1, 9, 3)
 
 

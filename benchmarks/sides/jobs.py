@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 import os
 import random
 import zipfile
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 
 DATA = Path(os.environ.get("LORAKIT_DATA", "../shared/data"))
+_PREAMBLE = "Below is an instruction. Write a response that completes it."
 Row = tuple[list[int], list[int]]  # token ids; labels: one class, or one for each token (-100 where none)
 
 JOBS: dict[str, dict[str, Any]] = {
     "minilm rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
     "bert 12x384 rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
-    "llama 8x512 gsm8k": {"rank": 16, "batch": 8, "rate": 1e-3, "task": "generate"},
+    "llama 8x512 instructions": {"rank": 16, "batch": 8, "rate": 1e-3, "task": "generate"},
     "gpt2 12x768 e2e": {"rank": 16, "batch": 16, "rate": 5e-4, "task": "generate"},
 }
 
@@ -70,7 +70,7 @@ def base(job: str, dtype: torch.dtype) -> nn.Module:
 
 def rows(job: str) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, shuffled by a fixed seed."""
-    found = {"minilm": _polarity, "bert": _polarity, "llama": _gsm8k, "gpt2": _e2e}[job.split()[0]]()
+    found = {"minilm": _polarity, "bert": _polarity, "llama": _instructions, "gpt2": _e2e}[job.split()[0]]()
     random.Random(0).shuffle(found)
     n_test = min(1000, len(found) // 5)
     return found[n_test:], found[:n_test]
@@ -99,14 +99,19 @@ def _pairs(pairs: list[tuple[str, str]]) -> list[Row]:
     return made
 
 
-def _gsm8k() -> list[Row]:
-    """Word problems whose answer is 20 to 40 % of the tokens: the share that instruction data has."""
-    lines = gzip.decompress((DATA / "gsm8k" / "train.jsonl.gz").read_bytes()).decode().splitlines()
-    made = _pairs([(row["question"], row["answer"]) for row in map(json.loads, lines)])
-    share = [sum(label != -100 for label in labels) / len(labels) for _, labels in made]
-    return [row for row, part in zip(made, share) if 0.2 <= part <= 0.4]
+def _instructions() -> list[Row]:
+    """The same pairs written as instructions are: three tokens in ten belong to answers."""
+    pairs = []
+    for meaning, reference in _references():
+        asked = f"{_PREAMBLE} ### Instruction: Describe the restaurant in one or two sentences. ### Input: {meaning}"
+        pairs.append((f"{asked} ### Response:", reference))
+    return _pairs(pairs)
 
 
 def _e2e() -> list[Row]:
+    return _pairs(_references())
+
+
+def _references() -> list[tuple[str, str]]:
     text = gzip.decompress((DATA / "e2e_official" / "devset.csv.gz").read_bytes()).decode()
-    return _pairs([(row["mr"], row["ref"]) for row in csv.DictReader(io.StringIO(text))])
+    return [(row["mr"], row["ref"]) for row in csv.DictReader(io.StringIO(text))]

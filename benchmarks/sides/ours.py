@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.data.batches import Tokens, gather
+from lorakit.data.batches import IGNORED, Tokens, gather
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
 from lorakit.tasks.classify import Classify
+from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk, resolve_dtype
 from sides.jobs import JOBS, Row, base
@@ -21,9 +22,14 @@ from sides.worker import Steps, serve
 def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]:
     """The task, and its tokens."""
     ids, labels = tuple(tuple(ids) for ids, _ in train), tuple(tuple(labels) for _, labels in train)
+    lines = tuple(range(len(ids)))
+    if JOBS[name]["task"] == "generate":
+        reads = tuple(tuple(t - 1 for t, label in enumerate(row) if label != IGNORED) for row in labels)
+        wanted = tuple(tuple(label for label in row if label != IGNORED) for row in labels)
+        return Generate(), Tokens(ids, wanted, reads, lines, 0)
     task = Classify(tuple(map(str, range(1 + max(label for (label,) in labels)))), "mean")
     task.prepare(model)
-    return task, Tokens(ids, labels, ((),) * len(ids), tuple(range(len(ids))), 0)
+    return task, Tokens(ids, labels, ((),) * len(ids), lines, 0)
 
 
 def make(setting: dict[str, Any], train: list[Row]) -> Steps:

@@ -78,6 +78,22 @@ def test_some_rows_may_ask_for_themselves(way: str, causal: bool) -> None:
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 3, 16, 50])
+def test_a_window_hides_what_lies_further_back(way: str, window: int) -> None:
+    q, k, v, starts = tensors((5, 1, 40), 4, 2, 16, torch.float32)
+    leaves, exact = ([x.detach().to(t).requires_grad_() for x in (q, k, v)] for t in (torch.float32, torch.float64))
+    found = kernel.segment_attention(*leaves, starts, 0.25, True, None, window)
+    rows = torch.arange(46)
+    owners = torch.repeat_interleave(torch.arange(3), starts.diff())
+    back = rows[:, None] - rows
+    mask = (owners[:, None] == owners) & (back >= 0) & (back < window)
+    expected = F.scaled_dot_product_attention(*(x[None] for x in exact), mask, scale=0.25, enable_gqa=True)[0]
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+    dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, exact, dy.double())):
+        assert torch.allclose(one.double(), other, atol=1e-5)
+
+
 def test_gradients_of_joined_inputs_are_columns_of_one_matrix() -> None:
     q, k, v, starts = tensors((5, 9), 2, 2, 16, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

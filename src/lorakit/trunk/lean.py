@@ -20,12 +20,12 @@ _CLOSE = 1e-5  # float32, numbers of size 1 to 10
 
 
 class Lean:
-    """The frozen layers of a model, run our way until `release`. To be made while they are in float32 or half."""
+    """The frozen layers of a model, run our way until `release`; all but those in its child `head`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: str = "") -> None:
         self._changed: list[nn.Module] = []
-        for module in model.modules():
-            if module._modules or "forward" in module.__dict__:
+        for path, module in model.named_modules():
+            if module._modules or "forward" in module.__dict__ or (head and path.split(".")[0] == head):
                 continue  # a container, adapted, or trained
             run = _products_of(module) or _rows_of(module)
             if run is not None:

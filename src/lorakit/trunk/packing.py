@@ -62,6 +62,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: `query (1, h, n, d)` -> `(1, n, h, d)`."""
     now = current()
+    if now is not None:
+        now.n_calls[0] += 1
+    window = others.pop("sliding_window", None) or 0
     strange = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
     if now is None or strange or attention_mask is not None or query.shape[0] != 1 or dropout:
         raise CannotPackError(f"its attention asks for {', '.join(strange) or 'a mask or dropout'}")
@@ -70,15 +73,17 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+    if window and not causal:
+        raise CannotPackError("its attention looks through a window to both sides")
     few = _FEW.get()
     if few is None:
-        y = segment_attention(q, k, v, now.starts, scale, bool(causal))
+        y = segment_attention(q, k, v, now.starts, scale, bool(causal), None, window)
     elif few.caught is None:
         few.caught = q, k, v
         raise CaughtError
     else:
         whole, k, v = few.caught
-        y = segment_attention(whole[:, few.rows], k, v, now.starts, scale, bool(causal), few.asking)
+        y = segment_attention(whole[:, few.rows], k, v, now.starts, scale, bool(causal), few.asking, window)
     return y.transpose(0, 1).unsqueeze(0), None
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Segments:
     """`starts (texts + 1,)`, int64, on the CPU: the first row of each text, and the number of rows."""
 
     starts: Tensor
+    n_calls: list[int] = field(default_factory=lambda: [0], compare=False)  # of attention, inside these
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Segments":

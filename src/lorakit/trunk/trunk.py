@@ -71,7 +71,7 @@ class Trunk:
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_groups(stack)
-            stack.callback(Lean(self.model).release)
+            stack.callback(Lean(self._body, self.head).release)
             self._begin_blocks(stack)
             self._stack = stack.pop_all()
         return self
@@ -138,9 +138,9 @@ class Trunk:
     def _packed(self, ids: Tensor, segments: Segments) -> Tensor:
         device, n = self._device(), segments.n_tokens
         positions = segments.positions() + self._offset
-        ids, segments = filled(ids, segments, self.pad)
+        ids, padded = filled(ids, segments, self.pad)
         positions = F.pad(positions, (0, len(ids) - n)).to(device)[None]
-        with inside(segments):
+        with inside(padded):
             state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
         return state.squeeze(0)[:n]
 
@@ -201,6 +201,8 @@ class Trunk:
                 found = self._packed(ids, segments)
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as fault:
                 raise CannotPackError(f"it does not take packed rows ({str(fault).splitlines()[0]})") from None
+            if not segments.n_calls[0]:
+                raise CannotPackError("it has an attention of its own, which does not ask ours")
             size = float(wanted.float().abs().max())
             error = float((found.float() - wanted.float()).abs().max()) / max(size, 1e-6)
             if error <= _TOLERANCE[wanted.dtype]:
@@ -265,7 +267,8 @@ def filled(ids: Tensor, segments: Segments, pad: int) -> tuple[Tensor, Segments]
     if not short:
         return ids, segments
     end = segments.starts[-1:] + short
-    return torch.cat([ids, ids.new_full((short,), pad)]), Segments(torch.cat([segments.starts, end]))
+    starts = torch.cat([segments.starts, end])
+    return torch.cat([ids, ids.new_full((short,), pad)]), Segments(starts, segments.n_calls)
 
 
 def _put_back(kept: list[tuple[Any, Tensor]]) -> None:

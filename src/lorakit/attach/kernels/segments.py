@@ -42,19 +42,26 @@ class Asking(NamedTuple):
 
 
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    scale: float,
+    causal: bool,
+    asking: Asking | None = None,
+    window: int = 0,
 ) -> Tensor:
     """`softmax(scale q k^T) v` inside each segment: `q (h, n, d)`, `k` and `v (h or fewer, n, d)` -> `(h, n, d)`.
 
     `starts (segments + 1,)`, int64 on the CPU: where each segment begins, and `n`. With `asking`, `q` has only the rows
-    that it names, and so has the result.
+    that it names, and so has the result. With `window`, which must be causal, a row sees that many rows up to itself.
     """
     if q.device.type == "cpu" and q.dtype in _KNOWN and k.shape == v.shape and library() is not None:
-        y: Tensor = _Segments.apply(q, k, v, starts, scale, causal, asking)  # type: ignore[no-untyped-call]
+        y: Tensor = _Segments.apply(q, k, v, starts, scale, causal, asking, window)  # type: ignore[no-untyped-call]
         return y
     if asking is not None:
-        return _some_rows(q, k, v, starts, scale, causal, asking)
-    return _by_length(q, k, v, starts, scale, causal)
+        return _some_rows(q, k, v, starts, scale, causal, asking, window)
+    return _by_length(q, k, v, starts, scale, causal, window)
 
 
 class _Segments(torch.autograd.Function):
@@ -75,7 +82,7 @@ class _Segments(torch.autograd.Function):
         q, k, v, out, lse, starts = ctx.saved_tensors
         dq, dk, dv = _gradients_like(q, k, v)
         _call("segments_backward", [q, k, v, out, _dense(dout), dq, dk, dv], lse, starts, ctx.how)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
 class _Plan(ctypes.Structure):
@@ -84,17 +91,18 @@ class _Plan(ctypes.Structure):
         ("k_starts", ctypes.c_void_p),
         ("places", ctypes.c_void_p),
         ("n_segments", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("causal", ctypes.c_int),
     ]
 
 
 def _call(name: str, views: list[Tensor], lse: Tensor, starts: Tensor, how: tuple[Any, ...]) -> None:
-    scale, causal, asking = how
+    scale, causal, asking, window = how
     q, k = views[:2]
     heads, _, d = q.shape
     begins, places = (starts, None) if asking is None else asking
     place = 0 if places is None else places.data_ptr()
-    plan = _Plan(begins.data_ptr(), starts.data_ptr(), place, len(starts) - 1, int(causal))
+    plan = _Plan(begins.data_ptr(), starts.data_ptr(), place, len(starts) - 1, window, int(causal))
     failed = getattr(library(), name)(
         *map(_view, views),
         ctypes.c_void_p(lse.data_ptr()),
@@ -126,7 +134,7 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
+def _by_length(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, window: int = 0) -> Tensor:
     """The same with torch's attention, one call for each run of segments of one length."""
     bounds = starts.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
@@ -140,13 +148,20 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, ca
     parts = []
     for (length, count), *blocks in zip(runs, *(x.split_with_sizes(sizes, 1) for x in (q, k, v))):
         a, b, c = (x.unflatten(1, (count, length)).transpose(0, 1) for x in blocks)
-        y = F.scaled_dot_product_attention(a, b, c, is_causal=causal, scale=scale, enable_gqa=q.shape[0] != k.shape[0])
+        how: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[0] != k.shape[0]}
+        if 0 < window < length:
+            band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            y = F.scaled_dot_product_attention(a, b, c, band, **how)
+        else:
+            y = F.scaled_dot_product_attention(a, b, c, is_causal=causal, **how)
         parts.append(y.transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, 1)
 
 
-def _some_rows(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking) -> Tensor:
+def _some_rows(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking, window: int
+) -> Tensor:
     """The same for some rows only: all rows ask, and those that were meant are kept."""
     rows = asking.places + torch.repeat_interleave(starts[:-1], asking.starts.diff())
     every = q.new_zeros(q.shape[0], k.shape[1], q.shape[2]).index_copy(1, rows.to(q.device), q)
-    return _by_length(every, k, v, starts, scale, causal)[:, rows.to(q.device)]
+    return _by_length(every, k, v, starts, scale, causal, window)[:, rows.to(q.device)]

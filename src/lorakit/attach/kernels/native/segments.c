@@ -99,7 +99,7 @@ static void multiply(const float *a, int64_t ai, int64_t ak, const float *b, int
  * else every row of a segment asks. */
 typedef struct {
     const int64_t *q_starts, *k_starts, *places;
-    int64_t n_segments;
+    int64_t n_segments, window; /* a query sees the last `window` keys up to its own place; 0: all of them */
     int causal;
 } Plan;
 
@@ -109,6 +109,12 @@ static inline int64_t seen(const Plan *plan, int64_t segment, int64_t i, int64_t
     return (plan->places ? plan->places[plan->q_starts[segment] + i] : i) + 1;
 }
 
+/* The first key that it may see. */
+static inline int64_t seen_from(const Plan *plan, int64_t segment, int64_t i, int64_t n) {
+    int64_t begin = plan->window ? seen(plan, segment, i, n) - plan->window : 0;
+    return begin > 0 ? begin : 0;
+}
+
 /* Scores of rows i0 .. i0 + m -> probabilities, and the log-sum-exp of each row. */
 static void softmax_rows(float *s, int64_t stride, const Plan *plan, int64_t segment, int64_t i0, int64_t m, int64_t n,
                          float *lse, int64_t lse_step) {
@@ -116,6 +122,7 @@ static void softmax_rows(float *s, int64_t stride, const Plan *plan, int64_t seg
         float *row = s + i * stride;
         int64_t count = seen(plan, segment, i0 + i, n);
         for (int64_t j = count; j < stride; j++) row[j] = -INFINITY;
+        for (int64_t j = seen_from(plan, segment, i0 + i, n) - 1; j >= 0; j--) row[j] = -INFINITY;
         vec top = load(row);
         for (int64_t j = LANES; j < stride; j += LANES) {
             vec x = load(row + j);
@@ -243,6 +250,7 @@ int segments_backward(const View *q, const View *k, const View *v, const View *o
                         float delta = 0;
                         for (int lane = 0; lane < LANES; lane++) delta += dots[lane];
                         for (int64_t j = seen(plan, segment, i + r, n); j < cover; j++) row[j] = -INFINITY;
+                        for (int64_t j = seen_from(plan, segment, i + r, n) - 1; j >= 0; j--) row[j] = -INFINITY;
                         for (int64_t j = 0; j < cover; j += LANES) {
                             vec e = exp_of(load(row + j) - shift);
                             store(row + j, e);
