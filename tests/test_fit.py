@@ -348,3 +348,14 @@ def test_passes_of_any_size_make_the_same_step(base, data):
 def test_other_ways_to_learn_learn(base, data, setting):
     found = lk.fit(base, data, **QUICK, **setting)
     assert found.metrics["accuracy"] > 0.6
+
+
+def test_a_base_that_is_consumed_gives_the_same_run_and_keeps_half_precision(place, data):
+    settings = {**QUICK, "epochs": 2, "dtype": "bf16"}
+    kept, consumed = load_base(str(place / "base")), load_base(str(place / "base"))
+    one = lk.fit(kept, data, **settings)
+    other = lk.fit(consumed, data, consume=True, **settings)
+    assert one.adapter == other.adapter
+    assert one.summary["base_bytes"] == other.summary["base_bytes"]
+    assert {p.dtype for p in kept.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in consumed.model.parameters()} == {torch.bfloat16}

@@ -43,7 +43,7 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
     if not setting.get("frozen"):
         plan = lk.plan(model, rank=job["rank"], trained=(task.head,) if task.head else (), **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
-    trunk = Trunk(model, dtype=dtype, head=task.head).__enter__()
+    trunk = Trunk(model, dtype=dtype, head=task.head, keep=False).__enter__()
     order = list(range(len(train)))[: setting.get("rows")]
     random.Random(setting["seed"]).shuffle(order)
     batches = [order[i : i + job["batch"]] for i in range(0, len(order) - job["batch"] + 1, job["batch"])]

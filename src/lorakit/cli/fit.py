@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> Reply:
             out=out,
             resume=args.resume,
             overwrite=args.overwrite,
+            consume=True,
             watch=_Watch(task),
             **settings,
         )

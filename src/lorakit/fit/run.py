@@ -63,13 +63,15 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    consume: bool = False,
     watch: Watch | None = None,
     **settings: Any,
 ) -> Result:
     """Trains an adapter, and a head where the task has one; keeps the best by the validation rows; reports on the test
     rows.
 
-    `model` is a name for `load_base` or a loaded Base, which is left as it was; `data` a source for `load_splits`, or
+    `model` is a name for `load_base` or a loaded Base, which is left as it was (with `consume` its frozen weights may
+    stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits`, or
     its result. `task` is "classify" (one label for each text) or "generate" (a written answer to each prompt). `plan`
     defaults to rank 8 on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run
     directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers of an
@@ -90,7 +92,9 @@ def fit(
         name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
+    consume = consume or isinstance(model, str)
     net, head = base.model, goal.head
+    base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
     had_head = hasattr(net, head)
     goal.prepare(net)
     try:
@@ -106,7 +110,7 @@ def fit(
                 "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
                 **_named(goal),
             }
-            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head) as trunk:
+            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head, keep=not consume) as trunk:
                 learner = Learner(net, goal, trunk, chosen)
                 try:
                     if place is not None and not resume:
@@ -134,7 +138,7 @@ def fit(
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     n_steps = total_steps(len(parts["train"]), chosen)
     summary = _summary(base, goal, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
-    summary |= {"dtype": chosen.dtype, "padded": why_padded, "prefix": kept, **tried}
+    summary |= {"base_bytes": base_bytes, "dtype": chosen.dtype, "padded": why_padded, "prefix": kept, **tried}
     if place is not None:
         _finish(place, goal, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
@@ -266,12 +270,10 @@ def _summary(
     seconds: float,
     n_steps: int,
 ) -> dict[str, Any]:
-    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
     return {
         "base": base.name,
         "base_parameters": sum(p.numel() for p in base.model.parameters()),
-        "base_bytes": base_bytes,
         "adapter_parameters": adapter.n_parameters,
         "adapter_bytes": adapter.n_bytes,
         "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},

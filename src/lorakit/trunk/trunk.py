@@ -45,11 +45,19 @@ class Trunk:
 
     `dtype` "bf16" or "fp32" is what frozen weights and activations are in meanwhile; what learns stays as it is, and so
     does the child module `head`, which is the caller's to run.
-    `pad` fills rows where the model cannot be packed; `why_padded` then says why, else it is "".
+    With `keep` false the originals are let go as they are cast, and leaving does not bring them back: for a model that
+    nobody else holds. `pad` fills rows where the model cannot be packed; `why_padded` then says why, else it is "".
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: str = "fp32", pad: int = 0, head: str = "", pack: bool = True
+        self,
+        model: nn.Module,
+        *,
+        dtype: str = "fp32",
+        pad: int = 0,
+        head: str = "",
+        pack: bool = True,
+        keep: bool = True,
     ) -> None:
         self.model = model
         self.head = head
@@ -62,7 +70,7 @@ class Trunk:
         self.depth = 0  # blocks at the start in which nothing learns
         self._blocks: Blocks | None = None
         self._offset = 0
-        self._pack = pack
+        self._pack, self._keep = pack, keep
         self._stack = ExitStack()
 
     def __enter__(self) -> "Trunk":
@@ -161,7 +169,8 @@ class Trunk:
                 if tensor is None or added or not tensor.is_floating_point():
                     continue
                 if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.dtype != self.dtype:
-                    kept.append((tensor, tensor.data))
+                    if self._keep:
+                        kept.append((tensor, tensor.data))
                     tensor.data = tensor.data.to(self.dtype)
 
     def _begin_packing(self, stack: ExitStack) -> None:
