@@ -54,9 +54,16 @@ class Side:
 
     def run(self, steps: int, threads: int = 2) -> dict[str, Any]:
         """Some optimizer steps."""
+        return self._ask({"steps": steps, "threads": threads})
+
+    def score(self) -> dict[str, float]:
+        """Held-out metrics now."""
+        return self._ask({"threads": 2})
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"steps": steps, "threads": threads}) + "\n")
+        self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:

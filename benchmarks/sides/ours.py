@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.data.batches import IGNORED, Tokens, gather
-from lorakit.fit.learner import Learner
+from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.classify import Classify
 from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk, resolve_dtype
 from sides.jobs import JOBS, Row, base
-from sides.worker import Steps, serve
+from sides.worker import Score, Steps, serve
 
 
 def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]:
@@ -32,7 +32,7 @@ def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]
     return task, Tokens(ids, labels, ((),) * len(ids), lines, 0)
 
 
-def make(setting: dict[str, Any], train: list[Row]) -> Steps:
+def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score]:
     """The trainer of one job."""
     job = JOBS[setting["job"]]
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
@@ -58,7 +58,11 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
         at += n
         return sum(tokens for tokens, _ in done), [loss for _, loss in done]
 
-    return steps
+    def score() -> dict[str, float]:
+        held_out = job_of(setting["job"], test, model)[1]
+        return task.metrics(scores_of(model, task, trunk, held_out, settings), held_out)
+
+    return steps, score
 
 
 def learning(

@@ -4,8 +4,9 @@ import tempfile
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -14,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from sides.jobs import JOBS, Row, base, package_model, tokenizer
-from sides.worker import Steps, serve
+from sides.jobs import JOBS, Row, base, tokenizer
+from sides.worker import Score, Steps, serve
 
 
 class Losses(TrainerCallback):
@@ -29,26 +30,38 @@ class Losses(TrainerCallback):
             self.values.append(float(logs["loss"]))
 
 
-def model_of(setting: dict[str, Any]) -> nn.Module:
-    """The base with its head; with adapters on every linear layer, or all of it trained (`full`)."""
-    import transformers as tf
+class MeanPooled(nn.Module):
+    """The trunk, the mean of its states, and a head that begins at zero: the very model that lorakit trains."""
 
+    def __init__(self, trunk: nn.Module, n_labels: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.config = trunk.config
+        self.classifier = nn.Linear(int(trunk.config.hidden_size), n_labels)  # type: ignore[union-attr,arg-type]
+        nn.init.zeros_(self.classifier.weight)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        states = self.trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        logits = self.classifier(((states * weights).sum(1) / weights.sum(1)).to(self.classifier.weight.dtype))
+        found = {"logits": logits}
+        return found if labels is None else {"loss": F.cross_entropy(logits, labels), **found}
+
+
+def model_of(setting: dict[str, Any]) -> nn.Module:
+    """The base with its head; with adapters on every linear layer of the trunk, or all of it trained (`full`)."""
     name, dtype = setting["job"], {"fp32": torch.float32, "bf16": torch.bfloat16}[setting["dtype"]]
+    model = base(name, dtype)
     if JOBS[name]["task"] == "classify":
-        tf.utils.logging.disable_progress_bar()
-        tf.utils.logging.set_verbosity_error()
-        torch.manual_seed(setting["seed"])
-        model = tf.AutoModelForSequenceClassification.from_pretrained(package_model(), num_labels=2, dtype=dtype)
-    else:
-        model = base(name, dtype)
+        model = MeanPooled(model, 2)
     if setting.get("full"):
-        return model
+        return model.train()
     torch.manual_seed(setting["seed"])
-    kind = {"classify": "SEQ_CLS", "generate": "CAUSAL_LM"}[JOBS[name]["task"]]
-    rank = JOBS[name]["rank"]
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type=kind, lora_dropout=0.0)
-    )
+    own: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    if JOBS[name]["task"] == "classify":
+        matrices = [path for path, module in model.trunk.named_modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr,operator]
+        own = {"target_modules": [f"trunk.{path}" for path in matrices], "modules_to_save": ["classifier"]}
+    return get_peft_model(model, LoraConfig(r=JOBS[name]["rank"], lora_alpha=2 * JOBS[name]["rank"], **own))
 
 
 class Counting:
@@ -64,7 +77,7 @@ class Counting:
         return batch
 
 
-def make(setting: dict[str, Any], train: list[Row]) -> Steps:
+def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score]:
     """The trainer of one job."""
     job = JOBS[setting["job"]]
     classify = job["task"] == "classify"
@@ -78,7 +91,7 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
 
     def steps(n: int) -> tuple[int, list[float]]:
         nonlocal turn
-        count = 50 * job["batch"]  # what Trainer groups by length at a time
+        count = setting.get("span", 50) * job["batch"]  # 50 batches are what Trainer groups by length at a time
         begin = (turn * count) % max(1, len(data) - count)
         part = data[begin : begin + count]
         collate = Counting(pad)
@@ -90,7 +103,8 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
             learning_rate=job["rate"],
             lr_scheduler_type="constant",
             weight_decay=0.01,
-            logging_steps=1 if setting.get("log") else 10**9,
+            logging_strategy="steps" if setting.get("log") else "no",
+            logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -103,7 +117,25 @@ def make(setting: dict[str, Any], train: list[Row]) -> Steps:
         trainer.train()
         return sum(collate.n_tokens[:n]), losses.values  # the loader is a batch ahead
 
-    return steps
+    def score() -> dict[str, float]:
+        """Accuracy and mean loss, text by text: no padding can disturb them."""
+        model.eval()
+        losses, right = [], []
+        with torch.no_grad():
+            for ids, labels in test:
+                rows = torch.tensor([ids])
+                if classify:
+                    logits = model(input_ids=rows, attention_mask=torch.ones_like(rows))["logits"].float()
+                    wanted = torch.tensor(labels)
+                else:
+                    logits, wanted = model(input_ids=rows).logits[0, :-1].float(), torch.tensor(labels[1:])
+                    logits, wanted = logits[wanted != -100], wanted[wanted != -100]
+                losses += F.cross_entropy(logits, wanted, reduction="none").tolist()
+                right += (logits.argmax(-1) == wanted).tolist()
+        found = {"loss": sum(losses) / len(losses)}
+        return found | {"accuracy" if classify else "token_accuracy": sum(right) / len(right)}
+
+    return steps, score
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from sides.jobs import Row, rows
 
 Steps = Callable[[int], tuple[int, list[float]]]  # number of steps -> real tokens, loss of every step
+Score = Callable[[], dict[str, float]]  # held-out metrics
 
 
 def resident() -> int:
@@ -38,7 +39,7 @@ def warm_up() -> None:
         layer(torch.randn(64, 64, dtype=dtype)).sum().backward()
 
 
-def serve(make: Callable[[dict[str, Any], list[Row]], Steps]) -> None:
+def serve(make: Callable[[dict[str, Any], list[Row], list[Row]], tuple[Steps, Score]]) -> None:
     """Reads commands from stdin, one JSON object a line; answers on stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
@@ -47,10 +48,13 @@ def serve(make: Callable[[dict[str, Any], list[Row]], Steps]) -> None:
     data = rows(setting["job"])
     warm_up()
     before = resident()
-    steps = make(setting, data[0])
+    steps, score = make(setting, *data)
     for line in sys.stdin:
         command = json.loads(line)
         torch.set_num_threads(command["threads"])
+        if "steps" not in command:
+            print(json.dumps(score()), file=answers, flush=True)
+            continue
         began, used = time.perf_counter(), time.process_time()
         n_tokens, losses = steps(command["steps"])
         answer = {
