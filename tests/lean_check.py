@@ -34,6 +34,7 @@ def main() -> None:
         checks += 1
     told = json.loads(lorakit("doctor", "--json").stdout)
     assert told["extras"]["text"]["transformers"] is None, told
+    assert told["kernels"] == "compiled here", told["kernels"]
     with tempfile.TemporaryDirectory() as folder:
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
         lk.attach(model, lk.plan(model, rank=4))

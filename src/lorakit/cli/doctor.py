@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> Reply:
     """Looks around and measures one matrix product."""
     import torch
 
+    from lorakit.attach.kernels.native import reason
+
     found: dict[str, Any] = {
         "lorakit": __version__,
         "python": platform.python_version(),
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> Reply:
         "memory_gb": _memory_gb(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "gflops": {name: _gflops(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
+        "kernels": reason() or "compiled here",
         "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
     }
     found["bf16_speedup"] = round(found["gflops"]["bf16"] / found["gflops"]["fp32"], 2)
@@ -82,6 +85,7 @@ def _gflops(dtype: Any, n: int = 768) -> float:
 
 def _text(found: dict[str, Any]) -> str:
     speeds, gain = found["gflops"], found["bf16_speedup"]
+    slow = "" if found["kernels"] == "compiled here" else "; torch's own are used, which train slower"
     verdict = "pays" if gain > 1.2 else "does not pay"
     lines = [
         f"lorakit {found['lorakit']}, torch {found['torch']}, Python {found['python']}",
@@ -89,6 +93,7 @@ def _text(found: dict[str, Any]) -> str:
         f"{found['threads']} threads",
         f"memory      {found['memory_gb']} GB",
         f"precision   fp32 {speeds['fp32']} GFLOP/s, bf16 {speeds['bf16']} GFLOP/s: bf16 {verdict} here ({gain}x)",
+        f"kernels     {found['kernels']}{slow}",
         f"GPU         {', '.join(found['gpus']) or 'none'}",
     ]
     for extra, libraries in found["extras"].items():
