@@ -1,20 +1,23 @@
 """lorakit's side: the trunk and the learner that `lorakit fit` runs; or the frozen base alone (`frozen`)."""
 
-import random
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.data.batches import IGNORED, Tokens, gather
+from lorakit.attach import groups
+from lorakit.data.batches import IGNORED, Tokens, gather, training_batches
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.classify import Classify
 from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task
-from lorakit.trunk import Trunk, resolve_dtype
+from lorakit.trunk import Trunk, lean, resolve_dtype
+from lorakit.trunk import trunk as trunk_module
+from lorakit.trunk.packing import CannotPackError
 from sides.jobs import JOBS, Row, base
 from sides.worker import Score, Steps, serve
 
@@ -37,16 +40,18 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     job = JOBS[setting["job"]]
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
     model = base(setting["job"], torch.float32)
-    task, tokens = job_of(setting["job"], train, model)
+    task, tokens = job_of(setting["job"], train[: setting.get("rows")], model)
     own = {"learning_rate": job["rate"], "batch_size": job["batch"], "dtype": dtype, **setting.get("settings", {})}
     settings = Settings(**own)
+    less(set(setting.get("without", ())))
+    if "half precision" in setting.get("without", ()):
+        dtype = "fp32"
     if not setting.get("frozen"):
         plan = lk.plan(model, rank=job["rank"], trained=(task.head,) if task.head else (), **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
     trunk = Trunk(model, dtype=dtype, head=task.head, keep=False).__enter__()
-    order = list(range(len(train)))[: setting.get("rows")]
-    random.Random(setting["seed"]).shuffle(order)
-    batches = [order[i : i + job["batch"]] for i in range(0, len(order) - job["batch"] + 1, job["batch"])]
+    batches = training_batches(tokens, job["batch"], setting["seed"], 0, bool(trunk.why_padded))
+    batches = [batch for batch in batches if len(batch) == job["batch"]]
     step = (
         frozen(model, task, trunk, tokens) if setting.get("frozen") else learning(model, task, trunk, tokens, settings)
     )
@@ -65,21 +70,39 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     return steps, score
 
 
+def less(without: set[str]) -> None:
+    """Takes tricks away, for the ladder."""
+    if "compiled functions" in without:
+        os.environ["LORAKIT_NATIVE"] = "0"
+    if "packed rows" in without:
+        trunk_module.packed = _cannot  # type: ignore[assignment]
+    if "packed weights" in without:
+        groups.pack = lean.pack = lambda weight: None
+    if "groups" in without:
+        Trunk._begin_groups = lambda self, stack: None  # type: ignore[method-assign]
+    if "few rows" in without:
+        Trunk._begin_blocks = lambda self, stack: None  # type: ignore[method-assign]
+
+
+def _cannot(model: nn.Module) -> Any:
+    raise CannotPackError("it was asked for")
+
+
 def learning(
     model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings
-) -> Callable[[list[int]], tuple[int, float]]:
+) -> Callable[[Sequence[int]], tuple[int, float]]:
     """One optimizer step."""
     learner = Learner(model, task, trunk, settings)
     learner.keep_prefix({"train": tokens}, None)
 
-    def step(indices: list[int]) -> tuple[int, float]:
+    def step(indices: Sequence[int]) -> tuple[int, float]:
         done = learner.step(tokens, indices, settings.learning_rate)
         return done.n_tokens, done.loss
 
     return step
 
 
-def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callable[[list[int]], tuple[int, float]]:
+def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callable[[Sequence[int]], tuple[int, float]]:
     """Forward and input gradient of the frozen base: what no adapter can be faster than."""
 
     def ask(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -88,7 +111,7 @@ def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callab
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(ask)  # type: ignore[operator]
 
-    def step(indices: list[int]) -> tuple[int, float]:
+    def step(indices: Sequence[int]) -> tuple[int, float]:
         batch = gather(tokens, sorted(indices, key=lambda i: len(tokens.ids[i])))
         loss = task.loss(model, trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
         loss.backward()  # type: ignore[no-untyped-call]
