@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.attach.kernels.products import Packed, input_gradient, linear
+from lorakit.attach.kernels.thin import add_gradient
 
 _PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
 
@@ -117,18 +118,18 @@ class _Group(torch.autograd.Function):
         ):
             torch.mm(dy, wide.T, out=part)
             need = ctx.needs_input_grad[4 * k + 2 : 4 * k + 6]
-            db = (thin.T @ dy)[: a[k].shape[0]].T if need[3] else None
-            if db is not None and now.into:
-                now.into[k][1].add_(db, alpha=ctx.scales[k])
-                db = None
-            elif db is not None:
-                db = db.to(b[k].dtype).mul_(ctx.scales[k])
+            db = None
+            if need[3] and now.into:
+                add_gradient(now.into[k][1].T, thin, dy, ctx.scales[k])
+            elif need[3]:
+                db = (thin.T @ dy)[: a[k].shape[0]].T.to(b[k].dtype).mul_(ctx.scales[k])
             grads += [dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None, None, db]
         if any(ctx.needs_input_grad[4::4]):
-            for k, da in enumerate((ds.T @ x).split_with_sizes(widths)):
-                if now.into:
-                    now.into[k][0].add_(da[: a[k].shape[0]])
-                else:
+            if now.into:
+                for (window, _), part in zip(now.into, ds.split_with_sizes(widths, 1)):
+                    add_gradient(window, part, x)
+            else:
+                for k, da in enumerate((ds.T @ x).split_with_sizes(widths)):
                     grads[4 * k + 4] = da[: a[k].shape[0]].to(a[k].dtype)
         if ctx.needs_input_grad[0]:
             if _pays_to_merge(x, weights):

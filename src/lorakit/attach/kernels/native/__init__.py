@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-_SOURCES = ("lanes.h", "segments.c", "labels.c", "rows.c")
+_SOURCES = ("lanes.h", "segments.c", "labels.c", "rows.c", "thin.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
 

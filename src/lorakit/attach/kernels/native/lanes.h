@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #define LANES 16
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -54,11 +58,15 @@ static inline float widened(uint16_t bits) {
 static inline vec widen(const uint16_t *p) { return (vec)(__builtin_convertvector(*(const hvec *)p, uvec) << 16); }
 
 static inline void narrow(uint16_t *p, vec value) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
     uvec bits = (uvec)value;
     uvec up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     ivec fine = value == value; /* rounding would turn some NaN into infinity */
     up = (up & (uvec)fine) | (0x7fc0 & ~(uvec)fine);
     *(hvec *)p = __builtin_convertvector(up, hvec);
+#endif
 }
 
 #endif
