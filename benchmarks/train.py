@@ -120,12 +120,20 @@ def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
     bench.ratio(f"{job} top quarter with kept prefix, 3 epochs, vs all layers", values)
 
 
+FEW = [FROZEN, "peft default", "peft bf16, grouped by length"]  # the default, and the best of the settings
+JOB_SIDES = {  # others than lorakit; turns and steps, all and quick
+    "minilm rt_polarity": (list(SIDES)[1:], (9, 20), (3, 8)),
+    "llama 8x512 instructions": (FEW, (7, 8), (2, 4)),
+    "gpt2 12x768 e2e": (FEW, (5, 4), (2, 2)),
+}
+
+
 def main() -> None:
-    """All jobs."""
+    """All jobs, or those that JOBS names."""
     bench = Bench(__doc__ or "")
-    wanted = os.environ.get("JOBS", "minilm rt_polarity").split(",")
-    for job in wanted:
-        race(bench, job, list(SIDES)[1:], bench.rounds(9, 3), bench.rounds(20, 8))
+    for job in os.environ.get("JOBS", ",".join(JOB_SIDES)).split(","):
+        names, full, quick = JOB_SIDES[job]
+        race(bench, job, names, *(quick if bench.quick else full))
     prefix_race(bench, "bert 12x384 rt_polarity", bench.rounds(5, 1), bench.rounds(1600, 320))
     bench.done()
 

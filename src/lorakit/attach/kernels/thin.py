@@ -1,6 +1,5 @@
 """The gradient of a factor, added where it belongs: in bfloat16 by our C function where the processor can.
 
-
 The other thin products (`x a^T`, `y += s b`) were written the same way and were no faster than torch's: dev/LOG.md.
 """
 
