@@ -114,8 +114,9 @@ class Learner:
 
     def evaluate(self, tokens: Tokens) -> dict[str, float]:
         """Metrics on rows, by the averaged parameters if there are any."""
-        now = self.flat.values.clone()
+        now = None
         if self.ema is not None:
+            now = self.flat.values.clone()
             self.load(self.ema)
         try:
             prefix = self.prefixes.get(id(tokens))
@@ -123,7 +124,7 @@ class Learner:
                 scores_of(self.model, self.task, self.trunk, tokens, self.settings, prefix), tokens
             )
         finally:
-            if self.ema is not None:
+            if now is not None:
                 self.load(now)
 
     def keep_prefix(self, parts: Mapping[str, Tokens], place: Path | None) -> str:

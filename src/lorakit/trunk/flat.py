@@ -20,13 +20,11 @@ class Flat:
         self.values = torch.empty(total, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros_like(self.values)
         self.parameters: list[nn.Parameter] = []
-        self.spans: dict[str, tuple[int, int]] = {}
         begin = 0
         for group in groups:
             start = begin
-            for name, parameter in group.items():
+            for parameter in group.values():
                 end = begin + parameter.numel()
-                self.spans[name] = begin, end
                 place = self.values[begin:end].view(parameter.shape)
                 place.copy_(parameter.detach())
                 parameter.data = place
@@ -36,18 +34,9 @@ class Flat:
             flat.grad = self.gradients[start:begin]
             self.parameters.append(flat)
 
-    def part(self, name: str, of: Tensor) -> Tensor:
-        """The stretch of a parameter in a tensor that lies like `values`, in the parameter's shape."""
-        begin, end = self.spans[name]
-        return of[begin:end].reshape(self.named[name].shape)
-
     def clear(self) -> None:
         """Sets every gradient to zero, in place: the parameters keep their windows."""
         self.gradients.zero_()
-
-    def untouched(self) -> list[str]:
-        """Names of parameters whose gradient is nothing but zeros."""
-        return [name for name in self.named if not bool(self.part(name, self.gradients).any())]
 
     def clip(self, bound: float) -> Tensor:
         """Scales the gradients down to a norm of `bound` where it is larger; returns the norm."""

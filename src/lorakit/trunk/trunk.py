@@ -56,7 +56,6 @@ class Trunk:
         dtype: str = "fp32",
         pad: int = 0,
         head: str = "",
-        pack: bool = True,
         keep: bool = True,
     ) -> None:
         self.model = model
@@ -70,7 +69,7 @@ class Trunk:
         self.depth = 0  # blocks at the start in which nothing learns
         self._blocks: Blocks | None = None
         self._offset = 0
-        self._pack, self._keep = pack, keep
+        self._keep = keep
         self._stack = ExitStack()
 
     def __enter__(self) -> "Trunk":
@@ -175,9 +174,6 @@ class Trunk:
 
     def _begin_packing(self, stack: ExitStack) -> None:
         """Packs the rows if packed equals padded on two short texts."""
-        if not self._pack:
-            self.why_padded = "it was asked for"
-            return
         segments, ids = self._trial()
         with torch.no_grad():
             wanted = self._padded(ids, segments)
