@@ -96,7 +96,7 @@ def learning(
     learner.keep_prefix({"train": tokens}, None)
 
     def step(indices: Sequence[int]) -> tuple[int, float]:
-        done = learner.step(tokens, indices, settings.learning_rate)
+        done = learner.step(tokens, indices, settings.rate)
         return done.n_tokens, done.loss
 
     return step

@@ -12,6 +12,7 @@ example: lorakit fit minilm demo:support --out runs/demo
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ from lorakit.cli.common import (
     size,
 )
 
-_SETTINGS = {
+
+def rate(text: str) -> float | str:
+    """A learning rate as it is written."""
+    return float(text) if text[:1] in "0123456789." else text
+
+
+_SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "epochs": (int, "most passes over the training rows"),
     "batch-size": (int, "texts in one step"),
-    "learning-rate": (float, "peak of the schedule"),
+    "learning-rate": (rate, "peak of the schedule: a number, default (by width and method) or auto (tries rates)"),
     "warmup": (float, "share of the steps that warm up"),
     "weight-decay": (float, "of AdamW"),
     "clip": (float, "bound on the norm of the gradient"),
@@ -43,7 +50,8 @@ _SETTINGS = {
     "schedule": (str, "after the warm-up: cosine or linear down to 0, or constant"),
     "lora-plus": (float, "how much faster the factors b learn (LoRA+), 1 for equally"),
     "ema": (float, "decay of an average of the parameters to evaluate and keep, 0 for none"),
-    "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result"),
+    "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result; 0 for what memory allows"),
+    "threads": (int, "threads to train with; 0 for what a short trial finds fastest"),
     "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
 }

@@ -20,6 +20,7 @@ def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[s
         "batch": state.batch,
         "stale": state.stale,
         "seconds": state.seconds,
+        "settled": state.settled,
         "best": state.best,
     }
     with replaced_directory(path) as work:
@@ -42,6 +43,12 @@ def load_checkpoint(path: Path, learner: Learner, identity: dict[str, Any]) -> S
     tensors = read_tensors(path / "state.safetensors")
     learner.restore(tensors)
     return State(**saved["position"], best_values=tensors.get("best"))
+
+
+def settled_before(path: Path) -> dict[str, Any]:
+    """What a run settled before it was interrupted."""
+    settled: dict[str, Any] = read_json(path / "state.json")["position"]["settled"]
+    return settled
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,6 @@ class Learner:
         self.faster = [float(settings.lora_plus) if next(iter(g)) in outer else 1.0 for g in groups if g]
         self.optimizer = torch.optim.AdamW(
             [{"params": [flat]} for flat in self.flat.parameters],
-            lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             betas=(0.9, 0.999),
             fused=True,
@@ -61,7 +60,7 @@ class Learner:
         """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
         n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
         self.flat.clear()
-        for part in passes(tokens, indices, self.settings.tokens_per_pass):
+        for part in passes(tokens, indices, self.settings.most_tokens):
             batch = gather(tokens, part)
             loss = self._loss(batch, tokens) / max(1, n_labels)
             value = float(loss.detach())
@@ -97,7 +96,7 @@ class Learner:
 
     def probe(self, tokens: Tokens, indices: Sequence[int]) -> None:
         """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
-        batch = gather(tokens, passes(tokens, indices, self.settings.tokens_per_pass)[-1])
+        batch = gather(tokens, passes(tokens, indices, self.settings.most_tokens)[-1])
         learning = self.flat.named
         self._in_place(False)
         with recorded(self.model) as unseen:
@@ -198,7 +197,7 @@ def scores_of(
     """The task's scores of every text, in the order of the rows: `(rows, k)`."""
     found: list[Tensor] = []
     order: list[int] = []
-    for batch in plain_batches(tokens, settings.tokens_per_pass):
+    for batch in plain_batches(tokens, settings.most_tokens):
         hidden = trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
         found.append(task.scores(model, hidden, batch).float().cpu())
         order.extend(batch.indices)

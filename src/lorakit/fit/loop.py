@@ -7,7 +7,8 @@ checkpoint takes the very steps it would have taken. The trunk stays in eval mod
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class State:
     batch: int = 0  # batches of this epoch that are done
     stale: int = 0  # evaluations since the best
     seconds: float = 0.0
+    settled: dict[str, Any] = field(default_factory=dict)  # settings that were left open (settle.py)
     best: dict[str, float] | None = None
     best_values: Tensor | None = None
 
@@ -44,10 +46,10 @@ def learning_rate(settings: Settings, step: int, total: int) -> float:
     """Linear warm-up, then the schedule: a cosine or a line down to 0, or constant. `step` counts from 0."""
     warm = max(1, round(settings.warmup * total))
     if step < warm:
-        return settings.learning_rate * (step + 1) / warm
+        return settings.rate * (step + 1) / warm
     share = min(1.0, (step - warm) / max(1, total - warm))
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
-    return settings.learning_rate * fall[settings.schedule]
+    return settings.rate * fall[settings.schedule]
 
 
 def total_steps(n_rows: int, settings: Settings) -> int:
@@ -76,7 +78,7 @@ def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iter
                 done = learner.step(tokens, indices, rate)
             except FitError as error:
                 raise FitError(
-                    f"{error} at step {state.step + 1}; lower the learning rate (now {settings.learning_rate:g}) or "
+                    f"{error} at step {state.step + 1}; lower the learning rate (now {settings.rate:g}) or "
                     "look for broken rows there; nothing was changed by that batch"
                 ) from None
             state.step += 1

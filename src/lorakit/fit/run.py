@@ -22,11 +22,12 @@ from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Tokens
 from lorakit.errors import FitError, MissingExtraError, UsageError
 from lorakit.files import write_json, write_text
-from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
+from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint, settled_before
 from lorakit.fit.curve import draw_curve
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State, total_steps, train
 from lorakit.fit.settings import make_settings
+from lorakit.fit.settle import settle
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
@@ -115,9 +116,13 @@ def fit(
                 try:
                     if place is not None and not resume:
                         _clear(place)
+                    settled = (
+                        settled_before(place / "checkpoint") if place and resume else settle(learner, parts["train"])
+                    )
+                    learner.settings = replace(chosen, **settled)
                     kept = learner.keep_prefix(parts, place)
                     before = learner.evaluate(parts["test"])
-                    records, state = _run(learner, parts, place, resume, identity, watch)
+                    records, state = _run(learner, parts, place, resume, identity, settled, watch)
                     assert state.best_values is not None
                     learner.ema = None
                     learner.load(state.best_values)
@@ -138,7 +143,14 @@ def fit(
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     n_steps = total_steps(len(parts["train"]), chosen)
     summary = _summary(base, goal, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
-    summary |= {"base_bytes": base_bytes, "dtype": chosen.dtype, "padded": why_padded, "prefix": kept, **tried}
+    summary |= {
+        "base_bytes": base_bytes,
+        "dtype": chosen.dtype,
+        "padded": why_padded,
+        "prefix": kept,
+        "settled": settled,
+        **tried,
+    }
     if place is not None:
         _finish(place, goal, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
@@ -200,10 +212,11 @@ def _run(
     place: Path | None,
     resume: bool,
     identity: dict[str, Any],
+    settled: dict[str, Any],
     watch: Watch | None,
 ) -> tuple[list[dict[str, Any]], State]:
     chosen = learner.settings
-    state, records = State(), []
+    state, records = State(settled=settled), []
     if place is not None and resume:
         state = load_checkpoint(place / "checkpoint", learner, identity)
         records = _read_records(place / "records.jsonl", state.step, state.epoch)

@@ -10,6 +10,8 @@ from lorakit.errors import UsageError, listed, nearest
 from lorakit.trunk import DTYPES
 
 SCHEDULES = ("cosine", "linear", "constant")
+TOKENS_PER_PASS = 4096  # where memory is not short; larger passes are not faster
+RATES = ("default", "auto")
 PREFIXES = ("auto", "memory", "file", "off")
 
 
@@ -18,18 +20,19 @@ class Settings:
     """How to train. `epochs` is the most; `patience` evaluations without a better one end the run before it.
 
     `learning_rate` is the peak of a linear warm-up (`warmup`, a share of all steps), then `schedule` takes it to 0
-    (cosine, linear) or keeps it (constant). `lora_plus` multiplies it for the factors b (Hayou et al., 2024, LoRA+).
-    `clip` bounds the gradient's norm. `ema` above 0 evaluates and keeps an exponential mean of the parameters with
-    that decay. `batch_size` texts make a step; it runs in passes of at most `tokens_per_pass` tokens, with the same
-    result. `dtype` is what the frozen part is in while it trains: bf16, fp32, or auto (bf16 where the processor has
-    it). `prefix` keeps what the blocks before the first that learns give for every text, over all epochs: in memory, in
-    a file of the run directory, auto (memory, if it takes less than a quarter of what is free), or off.
-    `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
+    (cosine, linear) or keeps it (constant); "default" goes by the base's width and the method, "auto" tries rates
+    first. `lora_plus` multiplies it for the factors b (Hayou et al., 2024, LoRA+). `clip` bounds the gradient's norm.
+    `ema` above 0 evaluates and keeps an exponential mean of the parameters with that decay. `batch_size` texts make a
+    step; it runs in passes of at most `tokens_per_pass` tokens, with the same result; 0 takes what memory allows.
+    `threads` 0 takes as many as a short trial finds fastest. `dtype` is what the frozen part is in while it trains:
+    bf16, fp32, or auto (bf16 where the processor has it). `prefix` keeps what the blocks before the first that learns
+    give for every text, over all epochs: in memory, in a file of the run directory, auto (memory, if it takes less than
+    a quarter of what is free), or off. `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
     """
 
     epochs: int = 10
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float | str = "default"
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -40,7 +43,8 @@ class Settings:
     seed: int = 0
     max_steps: int = 0
     checkpoint_steps: int = 0
-    tokens_per_pass: int = 4096
+    tokens_per_pass: int = 0
+    threads: int = 0
     dtype: str = "auto"
     prefix: str = "auto"
     truncate: bool = False
@@ -51,13 +55,18 @@ class Settings:
             for name, good, wish in (
                 ("epochs", self.epochs >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("tokens_per_pass", self.tokens_per_pass >= 1, "at least 1"),
+                ("tokens_per_pass", self.tokens_per_pass >= 0, "0 (by memory) or more"),
+                ("threads", self.threads >= 0, "0 (by a trial) or more"),
                 ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                 ("lora_plus", self.lora_plus > 0, "above 0"),
                 ("ema", 0 <= self.ema < 1, "0 (off) or more, below 1"),
                 ("prefix", self.prefix in PREFIXES, f"one of {', '.join(PREFIXES)}"),
                 ("dtype", self.dtype in ("auto", *DTYPES), f"one of auto, {', '.join(DTYPES)}"),
-                ("learning_rate", 0 < self.learning_rate < 10, "above 0 and below 10"),
+                (
+                    "learning_rate",
+                    self.learning_rate in RATES if isinstance(self.learning_rate, str) else 0 < self.learning_rate < 10,
+                    f"above 0 and below 10, or {' or '.join(RATES)}",
+                ),
                 ("warmup", 0 <= self.warmup < 1, "a share from 0 to 1"),
                 ("weight_decay", self.weight_decay >= 0, "0 or more"),
                 ("clip", self.clip > 0, "above 0"),
@@ -69,6 +78,17 @@ class Settings:
         ]
         if faults:
             raise UsageError(listed(faults))
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, once it is settled (settle.py)."""
+        assert not isinstance(self.learning_rate, str)
+        return self.learning_rate
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of one pass."""
+        return self.tokens_per_pass or TOKENS_PER_PASS
 
     def values(self) -> dict[str, Any]:
         """Name -> value."""
@@ -83,9 +103,11 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     for name, value in given.items():
         if name not in known:
             continue
-        wanted = {"int": int, "float": float, "bool": bool, "str": str}[
-            str(getattr(known[name], "__name__", known[name]))
-        ]
+        kind = str(getattr(known[name], "__name__", known[name]))
+        wanted = {"int": int, "float": float, "bool": bool, "str": str, "float | str": float}[kind]
+        if kind == "float | str" and isinstance(value, str):
+            good[name] = value
+            continue
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
