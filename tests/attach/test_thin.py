@@ -1,4 +1,4 @@
-"""The gradient of a factor against torch's in float64, with the C function and without."""
+"""The low-rank side of a group against torch in float64, by the C functions and without them."""
 
 import pytest
 import torch
@@ -6,36 +6,104 @@ from torch import Tensor
 
 from lorakit.attach.kernels import thin as kernel
 
-SHAPES = [(1, 32, 8), (7, 64, 2), (16, 96, 24), (33, 384, 16), (9, 50, 8), (5, 31, 3)]
+# rows, input, outputs, ranks as padded, ranks
+SHAPES = [
+    (1, 32, (32,), (8,), (8,)),
+    (7, 64, (32, 96), (8, 16), (5, 16)),
+    (130, 96, (64, 32, 32), (8, 24, 8), (8, 20, 1)),
+    (301, 384, (1536,), (16,), (16,)),
+    (9, 50, (31,), (8,), (8,)),  # widths that the C functions do not take
+    (5, 32, (32, 64), (8, 3), (8, 3)),
+]
 
 
 @pytest.fixture(params=["native", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "_known", lambda: False)
+        monkeypatch.setattr(kernel, "_functions", lambda: None)
     return str(request.param)
 
 
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+class Case:
+    """Random numbers of one shape; columns of a wider matrix, as the layers of a group leave and take them."""
+
+    def __init__(self, n: int, i: int, outs: tuple[int, ...], wide: tuple[int, ...], ranks: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(n)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).bfloat16()
+
+        self.x, self.a = numbers(n, i + 3)[:, :i], numbers(sum(wide), i)
+        self.b = [numbers(r, o) for r, o in zip(wide, outs)]
+        self.ys = numbers(n, sum(outs)).split_with_sizes(outs, 1)
+        self.dx = numbers(n, i)
+        self.wide, self.ranks, self.outs = wide, ranks, outs
+        self.s = (self.x.double() @ self.a.double().T).bfloat16()
 
 
 def near(found: Tensor, exact: Tensor) -> bool:
     return float((found.double() - exact).abs().max()) <= 0.01 * float(exact.abs().max()) + 1e-6  # 2^-8, and a little
 
 
-@pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize(("n", "width", "r"), SHAPES)
-def test_gradients_are_added_where_they_belong(way: str, n: int, width: int, r: int, turned: bool) -> None:
-    s, y = numbers(n, r + 3), numbers(n, width)
-    into = torch.ones(width, r).T if turned else torch.ones(r, width)
-    exact = 1 + 0.5 * (s.double().T @ y.double())[:r]
-    kernel.add_gradient(into, s, y, 0.5)
-    assert near(into, exact)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_are_added_to_every_output(way: str, shape: tuple[int, ...]) -> None:
+    case = Case(*shape)  # type: ignore[arg-type]
+    exact = [
+        y.double() + s.double() @ b.double() for y, s, b in zip(case.ys, case.s.split_with_sizes(case.wide, 1), case.b)
+    ]
+    s = kernel.add_pairs(case.x, case.a, case.b, case.ys)
+    assert near(s, case.x.double() @ case.a.double().T)
+    assert all(near(y, right) for y, right in zip(case.ys, exact))
 
 
-def test_numbers_that_are_none_are_kept() -> None:
-    s, y, into = numbers(20, 8), numbers(20, 64), torch.zeros(8, 64)
-    y[3, 5] = float("nan")
-    kernel.add_gradient(into, s, y)
-    assert into.isnan().any(0).nonzero().flatten().tolist() == [5]
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_added_where_they_belong(way: str, shape: tuple[int, ...], masters: torch.dtype) -> None:
+    case = Case(*shape)  # type: ignore[arg-type]
+    sizes, scales = [(r, o) for r, o in zip(case.ranks, case.outs)], [0.5 + k for k in range(len(case.outs))]
+    into = [(torch.ones(r, case.x.shape[1], dtype=masters), torch.ones(o, r, dtype=masters)) for r, o in sizes]
+    ds = [dy.double() @ b.double().T for dy, b in zip(case.ys, case.b)]
+    dx = case.dx.double() + torch.cat(ds, 1) @ case.a.double()
+    kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, into, scales, case.dx)
+    thin = case.s.double().split_with_sizes(case.wide, 1)
+    for (da, db), (r, _), d, s, dy, scale in zip(into, sizes, ds, thin, case.ys, scales):
+        assert near(da, 1 + (d.T @ case.x.double())[:r])
+        assert near(db, 1 + scale * (dy.double().T @ s)[:, :r])
+    assert near(case.dx, dx)
+
+
+def test_what_is_not_wanted_is_left_out(way: str) -> None:
+    case = Case(*SHAPES[1])  # type: ignore[arg-type]
+    db = torch.zeros(96, 16)
+    before = case.dx.clone()
+    kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, [(None, None), (None, db)], (1.0, 1.0))
+    assert near(db, case.ys[1].double().T @ case.s.double()[:, 8:])
+    assert torch.equal(case.dx, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_what_is_added(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = Case(999, 64, (96,), (8,), (8,))
+        into = [(torch.zeros(8, 64), torch.zeros(96, 8))]
+        kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, into, (1.0,), case.dx)
+        first = [t.clone() for t in into[0] if t is not None]
+        for t in first:
+            assert t.abs().min() > 0
+        again = [(torch.zeros(8, 64), torch.zeros(96, 8))]
+        kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, again, (1.0,), case.dx)
+        assert all(torch.equal(one, two) for one, two in zip(first, again[0]))
+        assert near(first[1], case.ys[0].double().T @ case.s.double())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numbers_that_are_none_are_kept(way: str) -> None:
+    case = Case(20, 64, (64,), (8,), (8,))
+    case.ys[0][3, 5] = float("nan")
+    into = [(torch.zeros(8, 64), torch.zeros(64, 8))]
+    kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, into, (1.0,))
+    assert into[0][1].isnan().any(1).nonzero().flatten().tolist() == [5]
+    assert bool(into[0][0].isnan().all())

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.attach.kernels.products import Packed, input_gradient, linear
-from lorakit.attach.kernels.thin import add_gradient
+from lorakit.attach.kernels.thin import Into, add_pairs, pair_gradients
 
 _PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
 
@@ -93,12 +93,12 @@ class _Group(torch.autograd.Function):
         scales, given, packed = how
         weights, biases, a, b = (tensors[k::4] for k in range(4))
         now = given or ready(list(zip(a, b, scales)), x.dtype)
-        s = linear(x, now.a)
         if _pays_to_merge(x, weights):
-            sizes = [w.shape[0] for w in weights]
+            s, sizes = linear(x, now.a), [w.shape[0] for w in weights]
             parts = linear(x, _merged(weights, now), _joined_bias(biases, sizes, x)).split_with_sizes(sizes, 1)
         else:
-            parts = tuple(_outputs(x, s, now, weights, biases, packed))
+            parts = tuple(linear(x, *one) for one in zip(weights, biases, packed))
+            s = add_pairs(x, now.a, now.b, parts)
         ctx.save_for_backward(x, s, *weights, *a, *b)
         ctx.scales, ctx.given, ctx.packed = scales, given, packed
         return parts if len(parts) > 1 else parts[0]
@@ -110,52 +110,24 @@ class _Group(torch.autograd.Function):
         n = len(dys)
         weights, a, b = rest[:n], rest[n : 2 * n], rest[2 * n :]
         now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
-        widths = [part.shape[0] for part in now.b]
-        ds = torch.empty_like(s)
-        grads: list[Tensor | None] = [None, None]
-        for k, (dy, wide, thin, part) in enumerate(
-            zip(dys, now.b, s.split_with_sizes(widths, 1), ds.split_with_sizes(widths, 1))
-        ):
-            torch.mm(dy, wide.T, out=part)
-            need = ctx.needs_input_grad[4 * k + 2 : 4 * k + 6]
-            db = None
-            if need[3] and now.into:
-                add_gradient(now.into[k][1].T, thin, dy, ctx.scales[k])
-            elif need[3]:
-                db = (thin.T @ dy)[: a[k].shape[0]].T.to(b[k].dtype).mul_(ctx.scales[k])
-            grads += [dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None, None, db]
-        if any(ctx.needs_input_grad[4::4]):
-            if now.into:
-                for (window, _), part in zip(now.into, ds.split_with_sizes(widths, 1)):
-                    add_gradient(window, part, x)
-            else:
-                for k, da in enumerate((ds.T @ x).split_with_sizes(widths)):
-                    grads[4 * k + 4] = da[: a[k].shape[0]].to(a[k].dtype)
-        if ctx.needs_input_grad[0]:
-            if _pays_to_merge(x, weights):
-                grads[0] = input_gradient(_joined(dys), _merged(weights, now))
-            else:
-                dx = None
-                for dy, weight, packed in zip(dys, weights, ctx.packed):
-                    dx = input_gradient(dy, weight, packed, dx)
-                assert dx is not None
-                grads[0] = dx.addmm_(ds, now.a)
+        merge = _pays_to_merge(x, weights)
+        dx = None
+        if ctx.needs_input_grad[0] and merge:
+            dx = input_gradient(_joined(dys), _merged(weights, now))
+        elif ctx.needs_input_grad[0]:
+            for dy, weight, packed in zip(dys, weights, ctx.packed):
+                dx = input_gradient(dy, weight, packed, dx)
+        needs = [ctx.needs_input_grad[4 * k + 2 : 4 * k + 6] for k in range(n)]
+        into: Sequence[Into] = now.into or [
+            (torch.zeros_like(one) if need[2] else None, torch.zeros_like(two) if need[3] else None)
+            for one, two, need in zip(a, b, needs)
+        ]
+        pair_gradients(x, s, now.a, now.b, dys, into, ctx.scales, None if merge else dx)
+        grads: list[Tensor | None] = [dx, None]
+        for dy, need, new in zip(dys, needs, into):
+            frozen = dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None
+            grads += [*frozen, *((None, None) if now.into else new)]
         return tuple(grads)
-
-
-def _outputs(
-    x: Tensor,
-    s: Tensor,
-    now: Ready,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    packed: Sequence[Packed | None],
-) -> list[Tensor]:
-    """`W x + bias + b s` of every layer, the last term added in place."""
-    parts = [linear(x, *one) for one in zip(weights, biases, packed)]
-    for y, thin, b in zip(parts, s.split_with_sizes([part.shape[0] for part in now.b], 1), now.b):
-        y.addmm_(thin, b)
-    return parts
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -190,7 +162,8 @@ def lora_group(x: Tensor, layers: Sequence[Layer], now: Ready | None = None) -> 
     else:
         now = now or ready([layer[2:5] for layer in layers], x.dtype)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        parts = _outputs(flat, linear(flat, now.a), now, weights, biases, packed)
+        parts = tuple(linear(flat, *one) for one in zip(weights, biases, packed))
+        add_pairs(flat, now.a, now.b, parts)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
 
 

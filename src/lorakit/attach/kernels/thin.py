@@ -1,44 +1,120 @@
-"""The gradient of a factor, added where it belongs: in bfloat16 by our C function where the processor can.
+"""The low-rank side of layers that read one input: products whose one side is the rank, all of a group at once.
 
-The other thin products (`x a^T`, `y += s b`) were written the same way and were no faster than torch's: dev/LOG.md.
+In bfloat16 by our C functions (native/thin.c) where the processor can: one pass over each matrix, while torch takes one
+for each product and first brings the wide side into another order. Else by torch, which is faster from rank 64 on.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.attach.kernels.native import library
+from lorakit.attach.kernels.products import linear
 
-_LONG = ctypes.c_int64
+Into = tuple[Tensor | None, Tensor | None]  # where gradients of a (rank, i) and b (o, rank) are added; None: not wanted
+_RANK, _WIDTH = 8, 32  # what the C functions divide ranks and widths by
+_WIDEST = 32  # rank up to which they are faster
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("b", "y", "da", "db")),
+        *((name, ctypes.c_int64) for name in ("y_row", "o", "r", "rank")),
+        ("scale", ctypes.c_float),
+    ]
 
 
 @cache
-def _known() -> bool:
+def _functions() -> tuple[Any, Any] | None:
+    """Forward and backward, or None where they cannot run."""
     native = library()
-    return native is not None and bool(native.thin_known())
+    if native is None or not native.thin_known():
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    native.thin_forward.argtypes = [pointer, number, pointer, number, pointer, pointer, number, number]
+    native.thin_backward.argtypes = [pointer, number, pointer, number, *[pointer] * 3, number, number, number]
+    return native.thin_forward, native.thin_backward
 
 
-def _ours(*tensors: Tensor) -> bool:
-    return _known() and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+def _ours(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and len(x) > 0
+        and _functions() is not None
+        and x.shape[1] % _WIDTH == 0
+        and a.is_contiguous()
+        and all(
+            w.is_contiguous() and w.shape[0] % _RANK == 0 and w.shape[0] <= _WIDEST and w.shape[1] % _WIDTH == 0
+            for w in b
+        )
+        and all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in (x, *ys))
+    )
 
 
-def _rows(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    return ctypes.c_void_p(x.data_ptr()), _LONG(x.stride(0))
+def _parts(b: Sequence[Tensor], ys: Sequence[Tensor], into: Sequence[Into], scales: Sequence[float]) -> Any:
+    entries = []
+    for w, y, (da, db), scale in zip(b, ys, into, scales):
+        r, o = w.shape
+        rank = da.shape[0] if da is not None else db.shape[1] if db is not None else r
+        places = (0 if t is None else t.data_ptr() for t in (da, db))
+        entries.append(_Part(w.data_ptr(), y.data_ptr(), *places, y.stride(0), o, r, rank, scale))
+    return (_Part * len(entries))(*entries)
 
 
 def _check(failed: int) -> None:
     if failed:
-        raise MemoryError("no memory for the factors of one layer")
+        raise MemoryError("no memory for the factors of one group of layers")
 
 
-def add_gradient(into: Tensor, s: Tensor, y: Tensor, scale: float = 1.0) -> None:
-    """`into (r, o) += scale s^T y` for `s (n, r or more)`, `y (n, o)`; `into` is float32 and may be transposed."""
-    r, o = into.shape
-    if not _ours(s, y) or o % 32 or into.dtype != torch.float32:
-        into.add_((s.T @ y)[:r], alpha=scale)
+def add_pairs(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """`y_k += s_k b_k` in place, for `s = x a^T (n, sum of r)`, which is returned: `s_k` are its columns for layer k.
+
+    `x (n, i)`, `a (sum of r, i)`, each `b (r, o)`, each `y (n, o)`.
+    """
+    if not _ours(x, a, b, ys):
+        s = linear(x, a)
+        for y, thin, w in zip(ys, s.split_with_sizes([w.shape[0] for w in b], 1), b):
+            y.addmm_(thin, w)
+        return s
+    s = x.new_empty(x.shape[0], a.shape[0])
+    parts = _parts(b, ys, ((None, None),) * len(ys), (1.0,) * len(ys))
+    forward = _functions()[0]  # type: ignore[index]
+    _check(forward(parts, len(ys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *x.shape))
+    return s
+
+
+def pair_gradients(
+    x: Tensor,
+    s: Tensor,
+    a: Tensor,
+    b: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    into: Sequence[Into],
+    scales: Sequence[float],
+    dx: Tensor | None = None,
+) -> None:
+    """Adds the gradients of `add_pairs` to `into`, that of b times its scale, and to `dx (n, i)`, if given."""
+    fit = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for pair in into for t in pair)
+    if fit and s.is_contiguous() and (dx is None or dx.stride(1) == 1) and _ours(x, a, b, dys):
+        parts = _parts(b, dys, into, scales)
+        target = (None, 0) if dx is None else (dx.data_ptr(), dx.stride(0))
+        backward = _functions()[1]  # type: ignore[index]
+        _check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
         return
-    strides, sizes = map(_LONG, into.stride()), map(_LONG, (y.shape[0], o, r))
-    place = ctypes.c_void_p(into.data_ptr())
-    _check(library().thin_left(*_rows(s), *_rows(y), place, *strides, *sizes, ctypes.c_float(scale)))  # type: ignore[union-attr]
+    ds = torch.empty_like(s)
+    widths = [w.shape[0] for w in b]
+    for dy, w, thin, part, (da, db), scale in zip(
+        dys, b, s.split_with_sizes(widths, 1), ds.split_with_sizes(widths, 1), into, scales
+    ):
+        torch.mm(dy, w.T, out=part)
+        if db is not None:
+            db.add_((dy.T @ thin)[:, : db.shape[1]], alpha=scale)
+        if da is not None:
+            da.add_((part.T @ x)[: da.shape[0]])
+    if dx is not None:
+        dx.addmm_(ds, a)

@@ -1,62 +1,279 @@
-/* The gradient of a factor in bfloat16, a product whose one side is the rank: libraries bring the wide side into an order
- * of their own first, which for a rank of 8 costs more than the product; here it is read as it lies, once. Sums are in
- * float32, and are added to the gradient right away.
+/* The low-rank side of layers that read one input, in bfloat16: products whose one side is the rank. Libraries bring the
+ * wide side into an order of their own first, which for a rank of 8 costs more than the product, and go over each matrix
+ * once for every product. Here a block of rows stays in the cache while all is done with it:
+ *
+ *     forward   s = x a^T,  y += s b                                   for every layer of the group
+ *     backward  ds = dy b^T,  db += s^T dy,  da += ds^T x,  dx += ds a
+ *
+ * a (r, i) and b (r, o), each layer's r a multiple of 8, i and o of 32; b has the scale in it. Sums are in float32. Threads
+ * take rows, and add up in their order, so that the result depends on their number only.
  *
  * Only where the processor multiplies pairs of bfloat16 (AVX-512 BF16): `thin_known` tells. */
 #include "lanes.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef struct {
+    const uint16_t *b; /* (r, o) */
+    uint16_t *y;       /* (n, o): the output, in the backward its gradient */
+    float *da, *db;    /* (rank, i), (o, rank): gradients to add to, or null */
+    int64_t y_row, o, r, rank;
+    float scale; /* of the gradient of b */
+} Part;
+
 #ifdef __AVX512BF16__
-#define AT_ONCE 8 /* rows of the gradient whose sums stay in registers */
+#define AT_ONCE 8     /* ranks whose sums stay in registers */
+#define STRIP 32      /* columns of one load */
+#define BLOCK (1 << 16) /* numbers of a block of rows */
+#define ROWS 4        /* rows whose sums stay in registers */
+#define FEW 128       /* rows that are not worth a second thread */
 
 int thin_known(void) { return 1; }
 
-static inline __m512 pairs(__m512 sum, __m512i x, const void *y) {
+static inline __m512 pairs(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+
+static inline __m512i twice(const uint16_t *p) {
     int32_t two;
-    memcpy(&two, y, 4);
-    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(two));
+    memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
 }
 
-static inline uint16_t *scratch(int64_t n) { return aligned_alloc(64, (n * 2 + 63) / 64 * 64); }
+/* Sixteen vectors -> the sum of each. */
+static inline __m512 sums(const __m512 *v) {
+    __m512 t[8], u[4];
+    for (int j = 0; j < 8; j++)
+        t[j] = _mm512_unpacklo_ps(v[2 * j], v[2 * j + 1]) + _mm512_unpackhi_ps(v[2 * j], v[2 * j + 1]);
+    for (int j = 0; j < 4; j++) {
+        __m512d a = (__m512d)t[2 * j], b = (__m512d)t[2 * j + 1];
+        u[j] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+    __m512 low = _mm512_shuffle_f32x4(u[0], u[1], 0x88) + _mm512_shuffle_f32x4(u[0], u[1], 0xdd);
+    __m512 high = _mm512_shuffle_f32x4(u[2], u[3], 0x88) + _mm512_shuffle_f32x4(u[2], u[3], 0xdd);
+    return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+}
 
-/* into (r, o), float32, += scale s^T y for s (n, r), y (n, o); o a multiple of 32. `into_r` and `into_o` are its strides:
- * it may be transposed. */
-int thin_left(const uint16_t *s, int64_t s_row, const uint16_t *y, int64_t y_row, float *into, int64_t into_r,
-              int64_t into_o, int64_t n, int64_t o, int64_t r, float scale) {
-    int64_t twos = (n + 1) / 2, wide = (r + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    uint16_t *order = scratch(twos * wide * 2); /* [n / 2][wide][2] */
-    if (!order) return 1;
-    for (int64_t p = 0; p < twos; p++)
-        for (int64_t k = 0; k < wide; k++)
-            for (int64_t two = 0; two < 2; two++)
-                order[(p * wide + k) * 2 + two] = k < r && 2 * p + two < n ? s[(2 * p + two) * s_row + k] : 0;
-#pragma omp parallel for schedule(static)
-    for (int64_t j = 0; j < o; j += 2 * LANES) {
-        for (int64_t k = 0; k < wide; k += AT_ONCE) {
-            __m512 low[AT_ONCE], high[AT_ONCE];
-            for (int q = 0; q < AT_ONCE; q++) low[q] = high[q] = _mm512_setzero_ps();
-            for (int64_t p = 0; p < twos; p++) {
-                const uint16_t *row = y + 2 * p * y_row + j;
-                __m512i one = _mm512_loadu_si512(row), other = _mm512_setzero_si512();
-                if (2 * p + 1 < n) other = _mm512_loadu_si512(row + y_row);
-                __m512i a = _mm512_unpacklo_epi16(one, other), b = _mm512_unpackhi_epi16(one, other);
-                const uint16_t *left = order + (p * wide + k) * 2;
+/* s (m, r) = x (m, i) a^T */
+static void project(const uint16_t *x, int64_t x_row, const uint16_t *a, int64_t i, int64_t r, uint16_t *s, int64_t s_row,
+                    int64_t m) {
+    for (int64_t k = 0; k < r; k += AT_ONCE)
+        for (int64_t t = 0; t < m; t += 2) {
+            const uint16_t *one = x + t * x_row, *other = t + 1 < m ? one + x_row : one;
+            __m512 sum[2 * AT_ONCE];
+            for (int q = 0; q < 2 * AT_ONCE; q++) sum[q] = _mm512_setzero_ps();
+            for (int64_t j = 0; j < i; j += STRIP) {
+                __m512i p = _mm512_loadu_si512(one + j), o = _mm512_loadu_si512(other + j);
                 for (int q = 0; q < AT_ONCE; q++) {
-                    low[q] = pairs(low[q], a, left + 2 * q);
-                    high[q] = pairs(high[q], b, left + 2 * q);
+                    __m512i row = _mm512_loadu_si512(a + (k + q) * i + j);
+                    sum[q] = pairs(sum[q], p, row);
+                    sum[AT_ONCE + q] = pairs(sum[AT_ONCE + q], o, row);
                 }
             }
-            for (int64_t q = 0; q < AT_ONCE && k + q < r; q++)
-                for (int lane = 0; lane < LANES; lane++) { /* unpacking took four of every eight */
-                    int64_t at = j + lane / 4 * 8 + lane % 4;
-                    float *to = into + (k + q) * into_r + at * into_o;
-                    to[0] += scale * ((vec)low[q])[lane];
-                    to[4 * into_o] += scale * ((vec)high[q])[lane];
-                }
+            __m256i both = (__m256i)_mm512_cvtneps_pbh(sums(sum));
+            _mm_storeu_si128((__m128i *)(s + t * s_row + k), _mm256_castsi256_si128(both));
+            if (t + 1 < m) _mm_storeu_si128((__m128i *)(s + (t + 1) * s_row + k), _mm256_extracti128_si256(both, 1));
+        }
+}
+
+/* Two rows of b (r, o) beside each other, as `expand` takes them: [o / 32][r / 2][2][16] pairs, in the order of unpacking:
+ * the first vector has columns 0-3, 8-11, 16-19, 24-27 of the strip. */
+static void pair_up(const uint16_t *b, int64_t r, int64_t o, uint16_t *to) {
+    for (int64_t j = 0; j < o; j += STRIP)
+        for (int64_t k = 0; k < r; k += 2, to += 2 * STRIP) {
+            __m512i one = _mm512_loadu_si512(b + k * o + j), other = _mm512_loadu_si512(b + (k + 1) * o + j);
+            _mm512_storeu_si512(to, _mm512_unpacklo_epi16(one, other));
+            _mm512_storeu_si512(to + STRIP, _mm512_unpackhi_epi16(one, other));
+        }
+}
+
+/* One strip of y += s b for `rows` rows: a constant, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void strip(uint16_t *y, int64_t y_row, const uint16_t *b, const uint16_t *s,
+                                                        int64_t s_row, int64_t r, int rows, __m512i order) {
+    __m512 low[ROWS], high[ROWS];
+    for (int t = 0; t < rows; t++) {
+        __m512i row = _mm512_loadu_si512(y + t * y_row), zero = _mm512_setzero_si512();
+        low[t] = (__m512)_mm512_unpacklo_epi16(zero, row);
+        high[t] = (__m512)_mm512_unpackhi_epi16(zero, row);
+    }
+    for (int64_t k = 0; k < r; k += 2, b += 2 * STRIP) {
+        __m512i first = _mm512_loadu_si512(b), second = _mm512_loadu_si512(b + STRIP);
+        for (int t = 0; t < rows; t++) {
+            __m512i two = twice(s + t * s_row + k);
+            low[t] = pairs(low[t], first, two);
+            high[t] = pairs(high[t], second, two);
         }
     }
-    free(order);
+    for (int t = 0; t < rows; t++)
+        _mm512_storeu_si512(y + t * y_row,
+                            _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high[t], low[t])));
+}
+
+/* y (m, o) += s (m, r) b, with b from `pair_up` */
+static void expand(uint16_t *y, int64_t y_row, int64_t o, const uint16_t *b, const uint16_t *s, int64_t s_row, int64_t r,
+                   int64_t m) {
+    uint16_t places[STRIP];
+    for (int c = 0; c < STRIP; c++) places[c] = (uint16_t)((c & 4 ? 16 : 0) + c / 8 * 4 + c % 4);
+    __m512i order = _mm512_loadu_si512(places);
+    int64_t t = 0;
+    for (; t + ROWS <= m; t += ROWS)
+        for (int64_t j = 0; j < o; j += STRIP)
+            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, ROWS, order);
+    for (; t < m; t++)
+        for (int64_t j = 0; j < o; j += STRIP)
+            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, 1, order);
+}
+
+/* sum [r / 8][o / 32][2][8][16] += s^T y for s (m, r), y (m, o); `work` has room for m + 1 rows of s. */
+static void outer(float *sum, const uint16_t *s, int64_t s_row, const uint16_t *y, int64_t y_row, int64_t o, int64_t r,
+                  int64_t m, uint16_t *work) {
+    for (int64_t k = 0; k < r; k += AT_ONCE) {
+        for (int64_t t = 0; t < m; t += 2) {
+            const uint16_t *row = s + t * s_row + k;
+            __m128i one = _mm_loadu_si128((const __m128i *)row), other = _mm_setzero_si128();
+            if (t + 1 < m) other = _mm_loadu_si128((const __m128i *)(row + s_row));
+            _mm_storeu_si128((__m128i *)(work + t * AT_ONCE), _mm_unpacklo_epi16(one, other));
+            _mm_storeu_si128((__m128i *)(work + (t + 1) * AT_ONCE), _mm_unpackhi_epi16(one, other));
+        }
+        for (int64_t j = 0; j < o; j += STRIP, sum += STRIP * AT_ONCE) {
+            __m512 low[AT_ONCE], high[AT_ONCE];
+            for (int q = 0; q < AT_ONCE; q++) {
+                low[q] = _mm512_loadu_ps(sum + q * LANES);
+                high[q] = _mm512_loadu_ps(sum + (AT_ONCE + q) * LANES);
+            }
+            for (int64_t t = 0; t < m; t += 2) {
+                const uint16_t *row = y + t * y_row + j;
+                __m512i one = _mm512_loadu_si512(row), other = _mm512_setzero_si512();
+                if (t + 1 < m) other = _mm512_loadu_si512(row + y_row);
+                __m512i a = _mm512_unpacklo_epi16(one, other), b = _mm512_unpackhi_epi16(one, other);
+                for (int q = 0; q < AT_ONCE; q++) {
+                    __m512i two = twice(work + t * AT_ONCE + 2 * q);
+                    low[q] = pairs(low[q], a, two);
+                    high[q] = pairs(high[q], b, two);
+                }
+            }
+            for (int q = 0; q < AT_ONCE; q++) {
+                _mm512_storeu_ps(sum + q * LANES, low[q]);
+                _mm512_storeu_ps(sum + (AT_ONCE + q) * LANES, high[q]);
+            }
+        }
+    }
+}
+
+/* Adds what `outer` has summed up, times scale: to (rank, o) by its strides. */
+static void deliver(const float *sum, int64_t o, int64_t rank, float *to, int64_t to_r, int64_t to_o, float scale) {
+    for (int64_t k = 0; k < rank; k++)
+        for (int64_t j = 0; j < o; j += STRIP) {
+            const float *from = sum + (k / AT_ONCE * o + j) * AT_ONCE + k % AT_ONCE * LANES;
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                float *place = to + k * to_r + (j + lane / 4 * 8 + lane % 4) * to_o;
+                place[0] += scale * from[lane];
+                place[4 * to_o] += scale * from[AT_ONCE * LANES + lane];
+            }
+        }
+}
+
+static int64_t threads_for(int64_t n) {
+#ifdef _OPENMP
+    return n < FEW ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static int64_t me(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* Rows of a block: as many as stay in the cache beside each other, and no thread gets more blocks than another. */
+static int64_t block_of(int64_t n, int64_t wide, int64_t threads) {
+    int64_t most = BLOCK / wide < 8 ? 8 : BLOCK / wide;
+    int64_t blocks = (n + threads * most - 1) / (threads * most) * threads;
+    return ((n + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+}
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+static int64_t widest(const Part *parts, int64_t n_parts, int64_t wide) {
+    for (int64_t p = 0; p < n_parts; p++) wide = parts[p].o > wide ? parts[p].o : wide;
+    return wide;
+}
+
+/* x (n, i), a (sum of r, i) -> s (n, sum of r); every y += s b. */
+int thin_forward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, uint16_t *s,
+                 int64_t n, int64_t i) {
+    int64_t r = 0, size = 0, threads = threads_for(n), block = block_of(n, widest(parts, n_parts, i), threads);
+    for (int64_t p = 0; p < n_parts; p++) r += parts[p].r, size += parts[p].r * parts[p].o;
+    uint16_t *b = room(size * 2), *next = b;
+    if (!b) return 1;
+    for (int64_t p = 0; p < n_parts; next += parts[p].r * parts[p].o, p++) pair_up(parts[p].b, parts[p].r, parts[p].o, next);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < n; t += block) {
+        int64_t m = n - t < block ? n - t : block;
+        uint16_t *thin = s + t * r;
+        const uint16_t *right = b;
+        project(x + t * x_row, x_row, a, i, r, thin, r, m);
+        for (int64_t p = 0; p < n_parts; p++) {
+            const Part *part = parts + p;
+            expand(part->y + t * part->y_row, part->y_row, part->o, right, thin, r, part->r, m);
+            thin += part->r;
+            right += part->r * part->o;
+        }
+    }
+    free(b);
+    return 0;
+}
+
+/* The gradients of every a and b, and of x, added to what is there; `dx` (n, i) may be null. */
+int thin_backward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, const uint16_t *s,
+                  uint16_t *dx, int64_t dx_row, int64_t n, int64_t i) {
+    int64_t r = 0, size = 0, threads = threads_for(n), block = block_of(n, widest(parts, n_parts, i), threads);
+    for (int64_t p = 0; p < n_parts; p++) r += parts[p].r, size += parts[p].r * parts[p].o;
+    size += r * i;
+    int64_t thin = (block * r + (block + 1) * AT_ONCE + 31) / 32 * 32;
+    float *all = room(threads * size * 4);
+    uint16_t *wide = room(r * i * 2), *small = room(threads * thin * 2);
+    if (!all || !wide || !small) return free(all), free(wide), free(small), 1;
+    memset(all, 0, (size_t)(threads * size * 4));
+    if (dx) pair_up(a, r, i, wide);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < n; t += block) {
+        int64_t m = n - t < block ? n - t : block, k = 0;
+        float *sum = all + me() * size;
+        uint16_t *ds = small + me() * thin, *work = ds + block * r;
+        for (int64_t p = 0; p < n_parts; p++) {
+            const Part *part = parts + p;
+            const uint16_t *dy = part->y + t * part->y_row;
+            project(dy, part->y_row, part->b, part->o, part->r, ds + k, r, m);
+            if (part->db) outer(sum, s + t * r + k, r, dy, part->y_row, part->o, part->r, m, work);
+            sum += part->r * part->o;
+            k += part->r;
+        }
+        outer(sum, ds, r, x + t * x_row, x_row, i, r, m, work);
+        if (dx) expand(dx + t * dx_row, dx_row, i, wide, ds, r, r, m);
+    }
+    for (int64_t thread = 0; thread < threads; thread++) {
+        const float *sum = all + thread * size;
+        for (int64_t p = 0; p < n_parts; sum += parts[p].r * parts[p].o, p++)
+            if (parts[p].db) deliver(sum, parts[p].o, parts[p].rank, parts[p].db, 1, parts[p].rank, parts[p].scale);
+        for (int64_t p = 0; p < n_parts; sum += parts[p].r * i, p++)
+            if (parts[p].da) deliver(sum, i, parts[p].rank, parts[p].da, i, 1, 1.0f);
+    }
+    free(all), free(wide), free(small);
     return 0;
 }
 #else
 int thin_known(void) { return 0; }
+int thin_forward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, uint16_t *s,
+                 int64_t n, int64_t i) {
+    return 1;
+}
+int thin_backward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, const uint16_t *s,
+                  uint16_t *dx, int64_t dx_row, int64_t n, int64_t i) {
+    return 1;
+}
 #endif
