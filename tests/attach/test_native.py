@@ -10,9 +10,9 @@ import pytest
 CODE = """
 import torch
 from lorakit.attach.kernels import native
-from lorakit.attach.kernels.segments import segment_attention
+from lorakit.attach.kernels.segments import Scores, segment_attention
 q, k, v = torch.randn(3, 2, 9, 16)
-y = segment_attention(q, k, v, torch.tensor([0, 4, 9]), 0.25, True)
+y = segment_attention(q, k, v, torch.tensor([0, 4, 9]), Scores(0.25, causal=True))
 assert y.shape == q.shape
 print(native.library() is not None, "|", native.reason())
 """

@@ -56,7 +56,7 @@ class Blocks:
         plain: Callable[..., Any] = partial(type(block).forward, block)
         state: Tensor = args[0] if args else kwargs["hidden_states"]
         if call.given is not None and i < call.depth:
-            return (state,) if self._as_tuple[i] else state
+            return _skipped(plain, args, kwargs, state) if self._as_tuple[i] else state
         if i == call.depth:
             if call.keep:
                 call.seen = state
@@ -95,17 +95,26 @@ def _few_rows(
     with only(few):
         with suppress(CaughtError):
             plain(*args, **kwargs)
-        args = tuple(_rows(value, reads, n) for value in args)
-        found = plain(*args, **{name: _rows(value, reads, n) for name, value in kwargs.items()})
+        found = plain(*_rows(args, reads, n), **_rows(kwargs, reads, n))
     part = found[0] if isinstance(found, tuple) else found
     whole = torch.zeros_like(state).index_copy(1, reads.to(state.device), part)
     return (whole, *found[1:]) if isinstance(found, tuple) else whole
+
+
+def _skipped(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor) -> Any:
+    """The state as it came, and what the block hands on besides, as T5's does its bias: run for that with one row."""
+    segments, first, n = current(), torch.zeros(1, dtype=torch.int64), state.shape[1]
+    assert segments is not None
+    with only(Few(first[:0], segments)):
+        return (state, *plain(*_rows(args, first, n), **_rows(kwargs, first, n))[1:])
 
 
 def _rows(value: Any, reads: Tensor, n: int) -> Any:
     """The wanted rows of whatever has one entry for each row: (1, n, ..)."""
     if isinstance(value, Tensor):
         return value[:, reads.to(value.device)] if value.ndim >= 2 and value.shape[:2] == (1, n) else value
+    if isinstance(value, dict):
+        return {name: _rows(entry, reads, n) for name, entry in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_rows(entry, reads, n) for entry in value)
     return value

@@ -2,17 +2,21 @@
 
 Transformers lets an attention function be registered by name. Ours reads from the running context where each text
 begins, so that no model has to hand it through; a name without a mask function gets no mask, so none is made.
+
+T5 and its kin make a bias for every pair of rows and hand it from block to block. It depends on their distance only,
+so while the model is packed `compute_bias` gives it once for each distance in the longest text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.segments import Asking, segment_attention
+from lorakit.attach.kernels.segments import Asking, Scores, segment_attention
 from lorakit.errors import LorakitError
 from lorakit.trunk.segments import Segments, current
 
@@ -36,7 +40,7 @@ class Few:
         self.rows = rows
         starts = torch.searchsorted(rows, segments.starts)
         self.asking = Asking(starts, rows - torch.repeat_interleave(segments.starts[:-1], starts.diff()))
-        self.caught: tuple[Tensor, Tensor, Tensor] | None = None
+        self.caught: tuple[Tensor, Tensor, Tensor, Scores] | None = None
 
 
 @contextmanager
@@ -58,33 +62,71 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: `query (1, h, n, d)` -> `(1, n, h, d)`."""
-    now = current()
-    if now is not None:
-        now.n_calls[0] += 1
-    window = others.pop("sliding_window", None) or 0
+    """Transformers' attention interface: `query (b, h, n, d)` -> `(b, n, h, d)`.
+
+    The b n rows are those of the running segments; where there are several for each, as patches of an image, these stay
+    together.
+    """
+    few, now = _FEW.get(), current()
     strange = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
-    if now is None or strange or attention_mask is not None or query.shape[0] != 1 or dropout:
+    if now is None or strange or attention_mask is not None or dropout:
         raise CannotPackError(f"its attention asks for {', '.join(strange) or 'a mask or dropout'}")
-    if key.shape[2] != query.shape[2]:
+    now.n_calls[0] += 1
+    if few is not None and not len(few.rows):
+        return query.transpose(1, 2), None  # nobody reads it
+    if few is not None and few.caught is not None:
+        q, k, v, scores = few.caught
+        y = segment_attention(q[:, few.rows], k, v, now.starts, scores, few.asking)
+        return y.transpose(0, 1).unsqueeze(0), None
+    b, _, n, d = query.shape
+    each, rest = divmod(b * n, now.n_tokens)
+    if key.shape[2] != n or rest:
         raise CannotPackError("its attention looks at other rows than its own")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
-    if window and not causal:
+    if position_bias is not None and position_bias.ndim != 2:
+        raise CannotPackError("its attention adds a bias for each pair of rows")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window and not causal:
         raise CannotPackError("its attention looks through a window to both sides")
-    few = _FEW.get()
-    if few is None:
-        y = segment_attention(q, k, v, now.starts, scale, bool(causal), None, window)
-    elif few.caught is None:
-        few.caught = q, k, v
+    scale = d**-0.5 if scaling is None else scaling
+    scores = Scores(scale, causal, sliding_window or 0, softcap or 0.0, position_bias)
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+    if few is not None:
+        few.caught = q, k, v, scores
         raise CaughtError
-    else:
-        whole, k, v = few.caught
-        y = segment_attention(whole[:, few.rows], k, v, now.starts, scale, bool(causal), few.asking, window)
-    return y.transpose(0, 1).unsqueeze(0), None
+    y = segment_attention(q, k, v, now.starts * each, scores)
+    return y.transpose(0, 1).reshape(b, n, *y.shape[::2]), None
+
+
+def _bias_by_distance(
+    module: Any, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: int = 0
+) -> Tensor:
+    """T5's bias for all distances in the longest text of m rows, from `1 - m` to `m - 1`: `(h, 2 m - 1)`."""
+    plain: Callable[..., Tensor] = type(module).compute_bias
+    now = current()
+    if now is None:
+        return plain(module, query_length, key_length, device, past_seen_tokens)
+    m = int(now.lengths.max())
+    return plain(module, 1, 2 * m - 1, device, m - 1)[0, :, 0].float()
+
+
+@contextmanager
+def _biases_by_distance(model: nn.Module) -> Iterator[None]:
+    """Within the block, T5's attention makes its bias by distance. CannotPackError if the bias learns."""
+    owners = [m for m in model.modules() if hasattr(m, "compute_bias") and hasattr(m, "relative_attention_bias")]
+    if any(p.requires_grad for module in owners for p in module.get_submodule("relative_attention_bias").parameters()):
+        raise CannotPackError("its position bias learns, and packed rows take it as a constant")
+    for module in owners:
+        module.__dict__["compute_bias"] = partial(_bias_by_distance, module)
+    try:
+        yield
+    finally:
+        for module in owners:
+            del module.__dict__["compute_bias"]
 
 
 @contextmanager
@@ -104,7 +146,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     if cache is not None:
         config.use_cache = False
     try:
-        yield
+        with _biases_by_distance(model):
+            yield
     finally:
         model.set_attn_implementation(before)  # type: ignore[operator]
         if cache is not None:

@@ -41,7 +41,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 
 class Trunk:
-    """Hidden states of texts from a Transformers trunk, with whatever adapter is active on it.
+    """Hidden states of texts or images from a Transformers trunk, with whatever adapter is active on it.
 
     `dtype` "bf16" or "fp32" is what frozen weights and activations are in meanwhile; what learns stays as it is, and so
     does the child module `head`, which is the caller's to run.
@@ -67,6 +67,7 @@ class Trunk:
         self.groups: Groups | None = None
         self.trims = False
         self.depth = 0  # blocks at the start in which nothing learns
+        self._reads_images = getattr(model, "main_input_name", "") == "pixel_values"
         self._blocks: Blocks | None = None
         self._offset = 0
         self._keep = keep
@@ -118,6 +119,11 @@ class Trunk:
                 prefix.put(texts, call.seen.detach()[0])
         return state if reads is None else state[reads.to(state.device)]
 
+    def images(self, pixels: Tensor) -> Tensor:
+        """Last hidden states of images of one size, `pixels (b, channels, height, width)` -> `(b, patches, d)`."""
+        state = self.hidden(pixels, Segments.of([1] * len(pixels)))
+        return state.view(len(pixels), -1, state.shape[1])
+
     def prefix(self, lengths: Sequence[int], file: Path | None = None) -> Prefix:
         """Room for the frozen blocks' states of texts with these lengths; see `depth`."""
         return Prefix(lengths, self._width(), self.dtype, file)
@@ -143,6 +149,8 @@ class Trunk:
         return next(self.model.parameters()).device
 
     def _packed(self, ids: Tensor, segments: Segments) -> Tensor:
+        if self._reads_images:
+            return self._of_images(ids, segments)
         device, n = self._device(), segments.n_tokens
         positions = segments.positions() + self._offset
         ids, padded = filled(ids, segments, self.pad)
@@ -152,9 +160,18 @@ class Trunk:
         return state.squeeze(0)[:n]
 
     def _padded(self, ids: Tensor, segments: Segments) -> Tensor:
+        if self._reads_images:
+            return self._of_images(ids, segments)
         rows, mask = (x.to(self._device()) for x in segments.padded(ids, self.pad))
         state: Tensor = self._body(input_ids=rows, attention_mask=mask).last_hidden_state
         return state[mask.bool()]
+
+    def _of_images(self, pixels: Tensor, segments: Segments) -> Tensor:
+        """The same for images, packed or not: each is one row of `segments`, and becomes several."""
+        like = next(self.model.parameters())
+        with inside(segments):
+            state: Tensor = self._body(pixel_values=pixels.to(like)).last_hidden_state
+        return state.flatten(0, 1)
 
     def _cast(self, stack: ExitStack) -> None:
         """Frozen weights and buffers in the dtype; the originals come back on leaving."""
@@ -191,7 +208,13 @@ class Trunk:
         stack.push(attempt.pop_all())
 
     def _trial(self) -> tuple[Segments, Tensor]:
-        """Two short texts of unlike length, without the padding token."""
+        """Two short texts of unlike length, without the padding token; or two images."""
+        if self._reads_images:
+            config: Any = self.model.config
+            side = config.image_size
+            height, width = (side, side) if isinstance(side, int) else side
+            noise = torch.Generator().manual_seed(0)
+            return Segments.of([1, 1]), torch.randn(2, config.num_channels, height, width, generator=noise)
         vocabulary = int(getattr(self.model.config, "vocab_size", 2))
         known = [token for token in range(vocabulary) if token != self.pad]
         return Segments.of(_TRIAL), torch.tensor([known[(2 + 5 * k) % len(known)] for k in range(sum(_TRIAL))])
@@ -229,7 +252,7 @@ class Trunk:
     def _begin_blocks(self, stack: ExitStack) -> None:
         """Takes the blocks over, if the result at a few rows is proved to be that of the whole."""
         blocks = stack_of(self._body)
-        if self.why_padded or not blocks or any("forward" in block.__dict__ for block in blocks):
+        if self.why_padded or self._reads_images or not blocks or any("forward" in block.__dict__ for block in blocks):
             return
         segments, ids = self._trial()
         reads = torch.tensor([0, _TRIAL[0] - 2, _TRIAL[0] + 1])

@@ -6,7 +6,7 @@ each run of segments of one length.
 """
 
 import ctypes
-from itertools import pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -35,33 +35,69 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class Asking(NamedTuple):
-    """Queries of some rows only: where each segment's begin `(segments + 1,)`, and the place of each there, rising."""
+    """Queries that are not simply all rows: where each segment's begin `(segments + 1,)`.
+
+    With `places` they are some of the segment's rows, and stand at these places in it, rising. Without, they are rows
+    of other texts, which look at the segments as a decoder looks at what was encoded.
+    """
 
     starts: Tensor
-    places: Tensor
+    places: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """How much a row attends to another: `softcap(scale q k + bias)`, where `softcap(x) = cap tanh(x / cap)`.
+
+    `causal`: not to later rows. `window`, which must be causal: only to that many rows up to itself; 0 is to all.
+    `softcap` 0 is none. `bias (h, 2 m - 1)`: what each distance from `1 - m` to `m - 1` (key - query) adds, a constant;
+    m is at least the length of the longest segment.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    bias: Tensor | None = None
 
 
 def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    scale: float,
-    causal: bool,
-    asking: Asking | None = None,
-    window: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scores: Scores, asking: Asking | None = None
 ) -> Tensor:
-    """`softmax(scale q k^T) v` inside each segment: `q (h, n, d)`, `k` and `v (h or fewer, n, d)` -> `(h, n, d)`.
+    """`softmax(scores) v` inside each segment: `q (h, n, d)`, `k` and `v (h or fewer, n, d)` -> `(h, n, d)`.
 
     `starts (segments + 1,)`, int64 on the CPU: where each segment begins, and `n`. With `asking`, `q` has only the rows
-    that it names, and so has the result. With `window`, which must be causal, a row sees that many rows up to itself.
+    that it names, and so has the result. Raises ValueError where scores or queries do not fit the segments.
     """
+    _check(q, starts, scores, asking)
     if q.device.type == "cpu" and q.dtype in _KNOWN and k.shape == v.shape and library() is not None:
-        y: Tensor = _Segments.apply(q, k, v, starts, scale, causal, asking, window)  # type: ignore[no-untyped-call]
+        y: Tensor = _Segments.apply(q, k, v, starts, scores, asking)  # type: ignore[no-untyped-call]
         return y
-    if asking is not None:
-        return _some_rows(q, k, v, starts, scale, causal, asking, window)
-    return _by_length(q, k, v, starts, scale, causal, window)
+    if asking is None:
+        return _by_length(q, k, v, starts, starts, scores)
+    if asking.places is None:
+        return _by_length(q, k, v, asking.starts, starts, scores)
+    return _some_rows(q, k, v, starts, scores, asking.starts, asking.places)
+
+
+def _check(q: Tensor, starts: Tensor, scores: Scores, asking: Asking | None) -> None:
+    q_starts = starts if asking is None or asking.places is not None else asking.starts
+    if scores.window and not scores.causal:
+        raise ValueError(f"a window of {scores.window} rows looks back only; causal must be True")
+    if q_starts is not starts and scores.causal:
+        raise ValueError("rows of other texts stand nowhere among the keys; causal must be False")
+    if q_starts is not starts and bool((q_starts.diff() > 0)[starts.diff() == 0].any()):
+        raise ValueError("rows ask in a segment without keys; leave such a text out")
+    if scores.bias is None:
+        return
+    heads, distances = scores.bias.shape
+    longest = int(torch.maximum(starts.diff(), q_starts.diff()).max())
+    if heads != q.shape[0] or distances % 2 == 0 or distances < 2 * longest - 1:
+        raise ValueError(
+            f"a bias for {heads} heads and {distances} distances does not fit {q.shape[0]} heads and segments up to "
+            f"{longest} rows; it must be ({q.shape[0]}, {2 * longest - 1}), or wider by an even number"
+        )
+    if scores.bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the bias is a constant here, but it learns; freeze it, or pad the rows")
 
 
 class _Segments(torch.autograd.Function):
@@ -71,7 +107,7 @@ class _Segments(torch.autograd.Function):
         heads, n, d = q.shape
         out = torch.empty(n, heads, d, dtype=q.dtype).transpose(0, 1)
         lse = torch.empty(n, heads)
-        _call("segments_forward", [q, k, v, out], lse, starts, how)
+        _call("segments_forward", [q, k, v, out], lse, starts, *how)
         ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.how = how
         return out
@@ -81,37 +117,31 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, starts = ctx.saved_tensors
         dq, dk, dv = _gradients_like(q, k, v)
-        _call("segments_backward", [q, k, v, out, _dense(dout), dq, dk, dv], lse, starts, ctx.how)
-        return dq, dk, dv, None, None, None, None, None
+        _call("segments_backward", [q, k, v, out, _dense(dout), dq, dk, dv], lse, starts, *ctx.how)
+        return dq, dk, dv, None, None, None
 
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        ("q_starts", ctypes.c_void_p),
-        ("k_starts", ctypes.c_void_p),
-        ("places", ctypes.c_void_p),
-        ("n_segments", ctypes.c_int64),
-        ("window", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("q_starts", "k_starts", "places", "bias")),
+        *((name, _LONG) for name in ("n_segments", "heads", "kv_heads", "d", "reach", "window")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("causal", ctypes.c_int),
+        ("half", ctypes.c_int),
     ]
 
 
-def _call(name: str, views: list[Tensor], lse: Tensor, starts: Tensor, how: tuple[Any, ...]) -> None:
-    scale, causal, asking, window = how
+def _call(name: str, views: list[Tensor], lse: Tensor, starts: Tensor, scores: Scores, asking: Asking | None) -> None:
     q, k = views[:2]
-    heads, _, d = q.shape
-    begins, places = (starts, None) if asking is None else asking
-    place = 0 if places is None else places.data_ptr()
-    plan = _Plan(begins.data_ptr(), starts.data_ptr(), place, len(starts) - 1, window, int(causal))
-    failed = getattr(library(), name)(
-        *map(_view, views),
-        ctypes.c_void_p(lse.data_ptr()),
-        ctypes.byref(plan),
-        *map(_LONG, (heads, k.shape[0], d)),
-        ctypes.c_float(scale),
-        int(q.dtype == torch.bfloat16),
+    q_starts, places = (starts, None) if asking is None else asking
+    bias = None if scores.bias is None else scores.bias.detach().float().contiguous()
+    plan = _Plan(
+        *(None if x is None else x.data_ptr() for x in (q_starts, starts, places, bias)),
+        *(len(starts) - 1, q.shape[0], k.shape[0], q.shape[2], 0 if bias is None else (bias.shape[1] + 1) // 2),
+        *(scores.window, scores.scale, scores.softcap, scores.causal, q.dtype == torch.bfloat16),
     )
-    if failed:
+    if getattr(library(), name)(*map(_view, views), ctypes.c_void_p(lse.data_ptr()), ctypes.byref(plan)):
         raise MemoryError("no memory for the attention of one segment; shorten the texts")
 
 
@@ -134,34 +164,46 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, window: int = 0) -> Tensor:
+def _by_length(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, scores: Scores) -> Tensor:
     """The same with torch's attention, one call for each run of segments of one length."""
-    bounds = starts.tolist()
-    lengths = [end - begin for begin, end in pairwise(bounds)]
-    runs: list[tuple[int, int]] = []  # length, how many
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    sizes = [length * count for length, count in runs]
+    lengths = zip(q_starts.diff().tolist(), k_starts.diff().tolist())
+    runs = [(asks, n, len(list(same))) for (asks, n), same in groupby(lengths)]
+    asked = q.split_with_sizes([asks * count for asks, _, count in runs], 1)
+    sizes = [n * count for _, n, count in runs]
     parts = []
-    for (length, count), *blocks in zip(runs, *(x.split_with_sizes(sizes, 1) for x in (q, k, v))):
-        a, b, c = (x.unflatten(1, (count, length)).transpose(0, 1) for x in blocks)
-        how: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[0] != k.shape[0]}
-        if 0 < window < length:
-            band = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-            y = F.scaled_dot_product_attention(a, b, c, band, **how)
-        else:
-            y = F.scaled_dot_product_attention(a, b, c, is_causal=causal, **how)
-        parts.append(y.transpose(0, 1).flatten(1, 2))
+    for (asks, _, count), *blocks in zip(runs, asked, k.split_with_sizes(sizes, 1), v.split_with_sizes(sizes, 1)):
+        if not asks:
+            continue
+        a, b, c = (x.view(x.shape[0], count, -1, x.shape[2]).transpose(0, 1) for x in blocks)
+        parts.append(_attend(a, b, c, scores).transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, 1)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """Attention of `q (b, h, asks, d)` to `k` and `v (b, h or fewer, n, d)`."""
+    asks, n, shared = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    how: dict[str, Any] = {"scale": scores.scale, "enable_gqa": shared > 1}
+    if scores.bias is None and not scores.softcap and not 0 < scores.window < n:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=scores.causal, **how)
+    distance = torch.arange(n, device=q.device) - torch.arange(asks, device=q.device)[:, None]
+    unseen = (distance > 0) & scores.causal
+    if scores.window:
+        unseen |= distance <= -scores.window
+    if scores.bias is None:
+        added = q.new_zeros(asks, n)
+    else:
+        added = scores.bias[:, distance + scores.bias.shape[1] // 2].to(q)
+    if not scores.softcap:
+        return F.scaled_dot_product_attention(q, k, v, added.masked_fill(unseen, -torch.inf), **how)
+    x = scores.scale * q @ k.repeat_interleave(shared, 1).mT + added
+    x = scores.softcap * torch.tanh(x / scores.softcap)
+    return x.masked_fill(unseen, -torch.inf).softmax(-1) @ v.repeat_interleave(shared, 1)
+
+
 def _some_rows(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, asking: Asking, window: int
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scores: Scores, q_starts: Tensor, places: Tensor
 ) -> Tensor:
     """The same for some rows only: all rows ask, and those that were meant are kept."""
-    rows = asking.places + torch.repeat_interleave(starts[:-1], asking.starts.diff())
-    every = q.new_zeros(q.shape[0], k.shape[1], q.shape[2]).index_copy(1, rows.to(q.device), q)
-    return _by_length(every, k, v, starts, scale, causal, window)[:, rows.to(q.device)]
+    rows = (places + torch.repeat_interleave(starts[:-1], q_starts.diff())).to(q.device)
+    every = q.new_zeros(q.shape[0], k.shape[1], q.shape[2]).index_copy(1, rows, q)
+    return _by_length(every, k, v, starts, starts, scores)[:, rows]

@@ -5,6 +5,8 @@
  * again from the log-sum-exp of the forward. Everything is summed in float32.
  *
  * A tensor is given by its first element and two strides, in elements: from token to token and from head to head.
+ * What makes a score is softcap(scale q k + bias), where softcap(x) is cap tanh(x / cap) (Gemma 2) and the bias is one
+ * number for every head and distance (T5).
  */
 #include "lanes.h"
 
@@ -94,35 +96,85 @@ static void multiply(const float *a, int64_t ai, int64_t ak, const float *b, int
     }
 }
 
-/* Which rows ask and which answer. Segment s has the keys k_starts[s] .. k_starts[s + 1] and the queries
+/* Which rows ask and which answer, and how. Segment s has the keys k_starts[s] .. k_starts[s + 1] and the queries
  * q_starts[s] .. q_starts[s + 1]; `places`, where there is one, gives the place of each query in its segment, rising;
- * else every row of a segment asks. */
+ * else they stand there one after the other. */
 typedef struct {
     const int64_t *q_starts, *k_starts, *places;
-    int64_t n_segments, window; /* a query sees the last `window` keys up to its own place; 0: all of them */
-    int causal;
+    const float *bias; /* (heads, 2 reach - 1), from distance key - query = 1 - reach on; or null */
+    int64_t n_segments, heads, kv_heads, d, reach;
+    int64_t window; /* a query sees the last `window` keys up to its own place; 0: all of them */
+    float scale, softcap; /* softcap 0: none */
+    int causal, half;
 } Plan;
 
-/* How many of the n keys of its segment query i of the segment may see. */
-static inline int64_t seen(const Plan *plan, int64_t segment, int64_t i, int64_t n) {
-    if (!plan->causal) return n;
-    return (plan->places ? plan->places[plan->q_starts[segment] + i] : i) + 1;
+/* One head of the keys and values of one segment: (n, width), and the keys transposed (width, stride). */
+typedef struct {
+    int64_t segment, first, n, stride, asks, n_asks;
+    float *k, *v, *kt;
+} Keys;
+
+static float *take(float **from, int64_t n) {
+    float *mine = *from;
+    *from += padded(n);
+    return mine;
 }
 
-/* The first key that it may see. */
-static inline int64_t seen_from(const Plan *plan, int64_t segment, int64_t i, int64_t n) {
-    int64_t begin = plan->window ? seen(plan, segment, i, n) - plan->window : 0;
-    return begin > 0 ? begin : 0;
+static Keys read_keys(const Plan *plan, const View *k, const View *v, int64_t segment, int64_t kv, float **from) {
+    int64_t first = plan->k_starts[segment], n = plan->k_starts[segment + 1] - first, asks = plan->q_starts[segment];
+    int64_t width = padded(plan->d), stride = padded(n);
+    Keys keys = {segment, first, n, stride, asks, plan->q_starts[segment + 1] - asks};
+    keys.k = take(from, n * width), keys.v = take(from, n * width), keys.kt = take(from, width * stride);
+    read_rows(k, first, n, kv, plan->half, plan->d, width, 1, keys.k);
+    read_rows(v, first, n, kv, plan->half, plan->d, width, 1, keys.v);
+    transpose(keys.k, n, width, stride, keys.kt);
+    return keys;
 }
 
-/* Scores of rows i0 .. i0 + m -> probabilities, and the log-sum-exp of each row. */
-static void softmax_rows(float *s, int64_t stride, const Plan *plan, int64_t segment, int64_t i0, int64_t m, int64_t n,
-                         float *lse, int64_t lse_step) {
+/* Where query i of a segment stands in it. */
+static inline int64_t place_of(const Plan *plan, const Keys *keys, int64_t i) {
+    return plan->places ? plan->places[keys->asks + i] : i;
+}
+
+/* How many keys of its segment it may see, counted from the first. */
+static inline int64_t seen(const Plan *plan, const Keys *keys, int64_t i) {
+    return plan->causal ? place_of(plan, keys, i) + 1 : keys->n;
+}
+
+/* 1 - 2 / (exp(2x) + 1): to 1e-7, of 1 and not of itself. */
+static inline vec tanh_of(vec x) {
+    ivec large = x > 20.0f;
+    vec e = exp_of(2 * (vec)(((ivec)x & ~large) | ((ivec)splat(20) & large)));
+    return 1 - 2 / (e + 1);
+}
+
+/* Reads queries i .. i + m of a head, with the scale in them, and makes their scores (m, padded(reach)), minus infinity
+ * where they may not look. Returns the reach: how many keys the last one sees. */
+static int64_t score_rows(const Plan *plan, const Keys *keys, const View *q, int64_t head, int64_t i, int64_t m,
+                          float *qr, float *s) {
+    int64_t width = padded(plan->d), reach = seen(plan, keys, i + m - 1), cover = padded(reach);
+    read_rows(q, keys->asks + i, m, head, plan->half, plan->d, width, plan->scale, qr);
+    if (plan->bias)
+        for (int64_t r = 0; r < m; r++) {
+            int64_t nearest = plan->reach - 1 - place_of(plan, keys, i + r);
+            memcpy(s + r * cover, plan->bias + head * (2 * plan->reach - 1) + nearest, reach * sizeof(float));
+        }
+    multiply(qr, width, 1, keys->kt, keys->stride, s, cover, m, cover, plan->d, plan->bias != NULL);
+    if (plan->softcap)
+        for (int64_t j = 0; j < m * cover; j += LANES)
+            store(s + j, plan->softcap * tanh_of(load(s + j) / plan->softcap));
+    for (int64_t r = 0; r < m; r++) {
+        int64_t end = seen(plan, keys, i + r);
+        for (int64_t j = end; j < cover; j++) s[r * cover + j] = -INFINITY;
+        for (int64_t j = plan->window ? end - plan->window - 1 : -1; j >= 0; j--) s[r * cover + j] = -INFINITY;
+    }
+    return reach;
+}
+
+/* Scores (m, stride) -> probabilities, and the log-sum-exp of each row. */
+static void softmax_rows(float *s, int64_t stride, int64_t m, float *lse, int64_t lse_step) {
     for (int64_t i = 0; i < m; i++) {
         float *row = s + i * stride;
-        int64_t count = seen(plan, segment, i0 + i, n);
-        for (int64_t j = count; j < stride; j++) row[j] = -INFINITY;
-        for (int64_t j = seen_from(plan, segment, i0 + i, n) - 1; j >= 0; j--) row[j] = -INFINITY;
         vec top = load(row);
         for (int64_t j = LANES; j < stride; j += LANES) {
             vec x = load(row + j);
@@ -145,12 +197,6 @@ static void softmax_rows(float *s, int64_t stride, const Plan *plan, int64_t seg
     }
 }
 
-static float *take(float **from, int64_t n) {
-    float *mine = *from;
-    *from += padded(n);
-    return mine;
-}
-
 static int64_t longest_of(const int64_t *starts, int64_t n_segments) {
     int64_t longest = 0;
     for (int64_t s = 0; s < n_segments; s++)
@@ -158,11 +204,10 @@ static int64_t longest_of(const int64_t *starts, int64_t n_segments) {
     return longest;
 }
 
-/* out = softmax(scale q k^T) v inside every segment; `lse` is (queries, heads). Returns 0, or 1 if there was no memory. */
-int segments_forward(const View *q, const View *k, const View *v, const View *out, float *lse, const Plan *plan,
-                     int64_t heads, int64_t kv_heads, int64_t d, float scale, int half) {
-    const int64_t *q_starts = plan->q_starts, *k_starts = plan->k_starts;
-    int64_t longest = longest_of(k_starts, plan->n_segments), width = padded(d), failed = 0;
+/* out = softmax(scores) v inside every segment; `lse` is (queries, heads). Returns 0, or 1 if there was no memory. */
+int segments_forward(const View *q, const View *k, const View *v, const View *out, float *lse, const Plan *plan) {
+    int64_t heads = plan->heads, share = heads / plan->kv_heads, d = plan->d, width = padded(d), failed = 0;
+    int64_t longest = longest_of(plan->k_starts, plan->n_segments);
 #pragma omp parallel
     {
         int64_t size = (2 * longest + ROWS) * width + ROWS * width + padded(longest) * (width + ROWS) + 8 * LANES;
@@ -174,23 +219,17 @@ int segments_forward(const View *q, const View *k, const View *v, const View *ou
 #pragma omp for schedule(dynamic, 4)
         for (int64_t task = 0; task < plan->n_segments * heads; task++) {
             if (!memory) continue;
-            int64_t segment = task / heads, head = task % heads, kv = head / (heads / kv_heads);
-            int64_t first = k_starts[segment], n = k_starts[segment + 1] - first, stride = padded(n);
-            int64_t asks = q_starts[segment], n_asks = q_starts[segment + 1] - asks;
+            int64_t head = task % heads;
             float *free_ = memory;
-            float *kr = take(&free_, n * width), *vr = take(&free_, n * width), *kt = take(&free_, width * stride);
-            float *qr = take(&free_, ROWS * width), *s = take(&free_, ROWS * stride), *o = take(&free_, ROWS * width);
-            read_rows(k, first, n, kv, half, d, width, 1, kr);
-            read_rows(v, first, n, kv, half, d, width, 1, vr);
-            transpose(kr, n, width, stride, kt);
-            for (int64_t i = 0; i < n_asks; i += ROWS) {
-                int64_t m = n_asks - i < ROWS ? n_asks - i : ROWS, reach = seen(plan, segment, i + m - 1, n);
-                int64_t cover = padded(reach);
-                read_rows(q, asks + i, m, head, half, d, width, scale, qr);
-                multiply(qr, width, 1, kt, stride, s, cover, m, cover, d, 0);
-                softmax_rows(s, cover, plan, segment, i, m, n, lse + (asks + i) * heads + head, heads);
-                multiply(s, cover, 1, vr, width, o, width, m, width, reach, 0);
-                write_rows(out, asks + i, m, head, half, d, width, 1, o);
+            Keys keys = read_keys(plan, k, v, task / heads, head / share, &free_);
+            float *qr = take(&free_, ROWS * width), *o = take(&free_, ROWS * width);
+            float *p = take(&free_, ROWS * keys.stride);
+            for (int64_t i = 0; i < keys.n_asks; i += ROWS) {
+                int64_t m = keys.n_asks - i < ROWS ? keys.n_asks - i : ROWS, ask = keys.asks + i;
+                int64_t reach = score_rows(plan, &keys, q, head, i, m, qr, p), cover = padded(reach);
+                softmax_rows(p, cover, m, lse + ask * heads + head, heads);
+                multiply(p, cover, 1, keys.v, width, o, width, m, width, reach, 0);
+                write_rows(out, ask, m, head, plan->half, d, width, 1, o);
             }
         }
         free(memory);
@@ -198,12 +237,37 @@ int segments_forward(const View *q, const View *k, const View *v, const View *ou
     return (int)failed;
 }
 
+/* Scores (m, cover) -> probabilities, and dp -> the gradient of scale q k + bias. */
+static void softmax_rows_backward(const Plan *plan, int64_t m, int64_t cover, const float *lse, const float *dout,
+                                  const float *out, float *p, float *dp) {
+    int64_t width = padded(plan->d);
+    float cap = plan->softcap;
+    for (int64_t r = 0; r < m; r++) {
+        float *row = p + r * cover, *drow = dp + r * cover;
+        float shift = lse[r * plan->heads];
+        vec dots = splat(0);
+        for (int64_t j = 0; j < width; j += LANES) dots += load(dout + r * width + j) * load(out + r * width + j);
+        float delta = 0;
+        for (int lane = 0; lane < LANES; lane++) delta += dots[lane];
+        for (int64_t j = 0; j < cover; j += LANES) {
+            vec s = load(row + j), e = exp_of(s - shift), ds = e * (load(drow + j) - delta);
+            if (cap) {
+                ivec hidden = s < -cap; /* minus infinity */
+                vec t = (vec)((ivec)(s / cap) & ~hidden);
+                ds *= 1 - t * t;
+            }
+            store(row + j, e);
+            store(drow + j, ds);
+        }
+    }
+}
+
 /* Gradients of the forward: dq, dk, dv from dout, with the scores made again from `lse`. */
 int segments_backward(const View *q, const View *k, const View *v, const View *out, const View *dout, const View *dq,
-                      const View *dk, const View *dv, const float *lse, const Plan *plan, int64_t heads,
-                      int64_t kv_heads, int64_t d, float scale, int half) {
-    const int64_t *q_starts = plan->q_starts, *k_starts = plan->k_starts;
-    int64_t longest = longest_of(k_starts, plan->n_segments), width = padded(d), failed = 0, share = heads / kv_heads;
+                      const View *dk, const View *dv, const float *lse, const Plan *plan) {
+    int64_t heads = plan->heads, share = heads / plan->kv_heads, d = plan->d, width = padded(d), failed = 0;
+    int64_t longest = longest_of(plan->k_starts, plan->n_segments);
+    int half = plan->half;
 #pragma omp parallel
     {
         int64_t size = 4 * longest * width + 2 * width * padded(longest) + 4 * ROWS * width +
@@ -214,56 +278,34 @@ int segments_backward(const View *q, const View *k, const View *v, const View *o
             failed = 1;
         }
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < plan->n_segments * kv_heads; task++) {
+        for (int64_t task = 0; task < plan->n_segments * plan->kv_heads; task++) {
             if (!memory) continue;
-            int64_t segment = task / kv_heads, kv = task % kv_heads;
-            int64_t first = k_starts[segment], n = k_starts[segment + 1] - first, stride = padded(n);
-            int64_t asks = q_starts[segment], n_asks = q_starts[segment + 1] - asks;
+            int64_t kv = task % plan->kv_heads;
             float *free_ = memory;
-            float *kr = take(&free_, n * width), *vr = take(&free_, n * width);
-            float *kt = take(&free_, width * stride), *vt = take(&free_, width * stride);
-            float *dkr = take(&free_, n * width), *dvr = take(&free_, n * width);
+            Keys keys = read_keys(plan, k, v, task / plan->kv_heads, kv, &free_);
+            int64_t n = keys.n, stride = keys.stride;
+            float *vt = take(&free_, width * stride), *dkr = take(&free_, n * width), *dvr = take(&free_, n * width);
             float *qr = take(&free_, ROWS * width), *dor = take(&free_, ROWS * width), *or_ = take(&free_, ROWS * width);
             float *dqr = take(&free_, ROWS * width);
             float *p = take(&free_, ROWS * stride), *dp = take(&free_, ROWS * stride);
-            read_rows(k, first, n, kv, half, d, width, 1, kr);
-            read_rows(v, first, n, kv, half, d, width, 1, vr);
-            transpose(kr, n, width, stride, kt);
-            transpose(vr, n, width, stride, vt);
+            transpose(keys.v, n, width, stride, vt);
             memset(dkr, 0, n * width * sizeof(float));
             memset(dvr, 0, n * width * sizeof(float));
             for (int64_t head = kv * share; head < (kv + 1) * share; head++)
-                for (int64_t i = 0; i < n_asks; i += ROWS) {
-                    int64_t m = n_asks - i < ROWS ? n_asks - i : ROWS, reach = seen(plan, segment, i + m - 1, n);
-                    int64_t cover = padded(reach);
-                    read_rows(q, asks + i, m, head, half, d, width, scale, qr);
-                    read_rows(dout, asks + i, m, head, half, d, width, 1, dor);
-                    read_rows(out, asks + i, m, head, half, d, width, 1, or_);
-                    multiply(qr, width, 1, kt, stride, p, cover, m, cover, d, 0);
+                for (int64_t i = 0; i < keys.n_asks; i += ROWS) {
+                    int64_t m = keys.n_asks - i < ROWS ? keys.n_asks - i : ROWS, ask = keys.asks + i;
+                    int64_t reach = score_rows(plan, &keys, q, head, i, m, qr, p), cover = padded(reach);
+                    read_rows(dout, ask, m, head, half, d, width, 1, dor);
+                    read_rows(out, ask, m, head, half, d, width, 1, or_);
                     multiply(dor, width, 1, vt, stride, dp, cover, m, cover, d, 0);
-                    for (int64_t r = 0; r < m; r++) {
-                        float *row = p + r * cover, *drow = dp + r * cover;
-                        float shift = lse[(asks + i + r) * heads + head];
-                        vec dots = splat(0);
-                        for (int64_t j = 0; j < width; j += LANES)
-                            dots += load(dor + r * width + j) * load(or_ + r * width + j);
-                        float delta = 0;
-                        for (int lane = 0; lane < LANES; lane++) delta += dots[lane];
-                        for (int64_t j = seen(plan, segment, i + r, n); j < cover; j++) row[j] = -INFINITY;
-                        for (int64_t j = seen_from(plan, segment, i + r, n) - 1; j >= 0; j--) row[j] = -INFINITY;
-                        for (int64_t j = 0; j < cover; j += LANES) {
-                            vec e = exp_of(load(row + j) - shift);
-                            store(row + j, e);
-                            store(drow + j, e * (load(drow + j) - delta));
-                        }
-                    }
-                    multiply(dp, cover, 1, kr, width, dqr, width, m, width, reach, 0);
-                    write_rows(dq, asks + i, m, head, half, d, width, scale, dqr);
+                    softmax_rows_backward(plan, m, cover, lse + ask * heads + head, dor, or_, p, dp);
+                    multiply(dp, cover, 1, keys.k, width, dqr, width, m, width, reach, 0);
+                    write_rows(dq, ask, m, head, half, d, width, plan->scale, dqr);
                     multiply(dp, 1, cover, qr, width, dkr, width, reach, width, m, 1); /* q has the scale in it */
                     multiply(p, 1, cover, dor, width, dvr, width, reach, width, m, 1);
                 }
-            write_rows(dk, first, n, kv, half, d, width, 1, dkr);
-            write_rows(dv, first, n, kv, half, d, width, 1, dvr);
+            write_rows(dk, keys.first, n, kv, half, d, width, 1, dkr);
+            write_rows(dv, keys.first, n, kv, half, d, width, 1, dvr);
         }
         free(memory);
     }
