@@ -186,4 +186,4 @@ def test_a_step_is_cut_into_passes_of_bounded_size():
 
 def test_plain_batches_cover_all_rows():
     data = tokens([5, 1, 3])
-    assert sorted(i for batch in plain_batches(data, 4) for i in batch.indices) == [0, 1, 2]
+    assert sorted(i for batch in plain_batches(data, 4, range(3)) for i in batch.indices) == [0, 1, 2]

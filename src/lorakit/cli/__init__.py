@@ -82,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] not in VERBS:
             raise UsageError(f"unknown verb '{words[0]}'{nearest(words[0], VERBS)}")
         args = parser_of(words[0]).parse_args(words[1:])
+        from lorakit.cli.common import speaks
+
         reply: Reply = import_module(f"lorakit.cli.{words[0]}").run(args)
-        print(json.dumps(reply.values, ensure_ascii=False) if args.json else reply.text)
+        if speaks():
+            print(json.dumps(reply.values, ensure_ascii=False) if args.json else reply.text)
         return 0
     except SystemExit as stop:
         return int(stop.code or 0)

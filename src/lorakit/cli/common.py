@@ -1,6 +1,7 @@
 """What several verbs share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -114,14 +115,20 @@ def open_adapter(path: str) -> Any:
     return load(inner if (inner / WEIGHTS).is_file() else path)
 
 
+def speaks() -> bool:
+    """Whether this process is the only one, or the first that torchrun started: the others keep quiet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """A line for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if speaks():
+        print(message, file=sys.stderr, flush=True)
 
 
 def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
     """A bar with rate and remaining time on a terminal; None in a pipe."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not speaks():
         return None
     from lorakit.errors import MissingExtraError
 

@@ -6,8 +6,11 @@ and answers, Alpaca's instruction/input/output, or lists of messages (also Share
 split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png
 and summary.json.
 
+Started by torchrun, several processes share the work of every step and end as one would.
+
 example: lorakit fit minilm demo:support --out runs/demo
          lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
+         torchrun --nproc-per-node 2 -m lorakit fit minilm demo:support --out runs/two
 """
 
 import argparse
@@ -28,6 +31,7 @@ from lorakit.cli.common import (
     progress,
     say,
     size,
+    speaks,
 )
 
 
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace) -> Reply:
     make_settings(settings)
     if not args.out:
         raise UsageError("--out is empty; name a directory for the run")
-    claim(Path(args.out), args.resume, args.overwrite)
+    if speaks():
+        claim(Path(args.out), args.resume, args.overwrite)
     task = TASKS[args.task]
     columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template"), task.wishes)
     seed = settings.get("seed", 0)
@@ -152,7 +157,7 @@ class _Watch:
         self.note = ""
 
     def __call__(self, record: Any, total: int) -> None:
-        if self.move is None and sys.stderr.isatty():
+        if self.move is None:
             self.move = progress(total, "step")
         if record.kind == "valid":
             from lorakit.tasks.task import figure
@@ -170,6 +175,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
 
     before, after = summary["before"], summary["test"]
     program = sys.argv[0] if Path(sys.argv[0]).name == "lorakit" else "lorakit"
+    processes = f"{summary['processes']} processes of " if summary["processes"] > 1 else ""
     own, whole = summary["adapter_bytes"], summary["base_bytes"]
     rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
     kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
@@ -183,7 +189,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
         (
             "training",
             f"{summary['steps']} steps in {summary['train_s']:.0f} s, {summary['tokens_per_s']:,} tokens/s on "
-            f"{summary['threads']} threads in {summary['dtype']}; {summary['total_s']:.0f} s in all",
+            f"{processes}{summary['threads']} threads in {summary['dtype']}; {summary['total_s']:.0f} s in all",
         ),
         *([("frozen prefix", summary["prefix"])] if not summary["prefix"].startswith("off") else []),
         *([("padded", summary["padded"])] if summary["padded"] else []),

@@ -98,7 +98,7 @@ def passes(tokens: Tokens, indices: Sequence[int], most: int) -> list[list[int]]
     return parts
 
 
-def plain_batches(tokens: Tokens, most: int) -> Iterator[Batch]:
-    """All texts once, by length, at most `most` tokens at a time."""
-    for part in passes(tokens, range(len(tokens)), most):
+def plain_batches(tokens: Tokens, most: int, indices: Sequence[int]) -> Iterator[Batch]:
+    """These texts once, by length, at most `most` tokens at a time."""
+    for part in passes(tokens, indices, most):
         yield gather(tokens, part)

@@ -12,6 +12,7 @@ from lorakit.attach import recorded, refuse_unseen
 from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches
 from lorakit.errors import FitError, NoEffectError
 from lorakit.fit.settings import Settings
+from lorakit.fit.workers import Workers
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk
 from lorakit.trunk.flat import Flat
@@ -30,7 +31,10 @@ class Step(NamedTuple):
 class Learner:
     """What learns, and how: the trainable parameters in one buffer, their optimizer, and the trunk they act in."""
 
-    def __init__(self, model: nn.Module, task: Task, trunk: Trunk, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, trunk: Trunk, settings: Settings, workers: Workers | None = None
+    ) -> None:
+        self.workers = workers or Workers()
         self.model, self.task, self.trunk, self.settings = model, task, trunk, settings
         learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not learning:
@@ -59,15 +63,19 @@ class Learner:
     def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
         """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
         n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
+        own = self.workers.share(indices, [len(tokens.ids[i]) for i in indices], bool(self.prefixes))
         self.flat.clear()
-        for part in passes(tokens, indices, self.settings.most_tokens):
+        for part in passes(tokens, own, self.settings.most_tokens):
             batch = gather(tokens, part)
             loss = self._loss(batch, tokens) / max(1, n_labels)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FitError(f"the loss is {value} {self._where(tokens, part)}")
             loss.backward()  # type: ignore[no-untyped-call]
-            total, n_tokens = total + value, n_tokens + batch.n_tokens
+            total, n_tokens = total + float(loss.detach()), n_tokens + batch.n_tokens
+        seen = torch.tensor([total, n_tokens], dtype=torch.float64)
+        self.workers.add(seen)
+        self.workers.add(self.flat.gradients)
+        total, n_tokens = float(seen[0]), int(seen[1])
+        if not math.isfinite(total):
+            raise FitError(f"the loss is {total} {self._where(tokens, indices)}")
         norm = float(self.flat.clip(self.settings.clip))
         if not math.isfinite(norm):
             raise FitError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")
@@ -119,9 +127,8 @@ class Learner:
             self.load(self.ema)
         try:
             prefix = self.prefixes.get(id(tokens))
-            return self.task.metrics(
-                scores_of(self.model, self.task, self.trunk, tokens, self.settings, prefix), tokens
-            )
+            scores = scores_of(self.model, self.task, self.trunk, tokens, self.settings, prefix, self.workers)
+            return self.task.metrics(scores, tokens)
         finally:
             if now is not None:
                 self.load(now)
@@ -135,12 +142,12 @@ class Learner:
             return "off: every row is seen once"
         size = sum(self.trunk.prefix_size(tokens.lengths) for tokens in parts.values())
         told = f"{depth} of {self.trunk.n_blocks} blocks, {size / 2**20:,.0f} MiB"
-        in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory())
+        in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory() / self.workers.size)
         if not in_memory and place is None:
             return f"off: {told} do not fit in memory, and the run has no directory"
         try:
             for name, tokens in parts.items():
-                file = None if in_memory or place is None else place / f"prefix_{name}.bin"
+                file = None if in_memory or place is None else place / f"prefix_{name}_{self.workers.number}.bin"
                 self.prefixes[id(tokens)] = self.trunk.prefix(tokens.lengths, file)
         except (OSError, RuntimeError) as error:  # no room: training goes on without it
             self._drop_prefixes()
@@ -192,16 +199,25 @@ class Learner:
 
 @torch.no_grad()
 def scores_of(
-    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings, prefix: Prefix | None = None
+    model: nn.Module,
+    task: Task,
+    trunk: Trunk,
+    tokens: Tokens,
+    settings: Settings,
+    prefix: Prefix | None = None,
+    workers: Workers | None = None,
 ) -> Tensor:
-    """The task's scores of every text, in the order of the rows: `(rows, k)`."""
+    """The task's scores of every text, in the order of the rows: `(rows, k)`. Each process makes those of a share."""
+    workers = workers or Workers()
     found: list[Tensor] = []
     order: list[int] = []
-    for batch in plain_batches(tokens, settings.most_tokens):
+    own = workers.share(range(len(tokens)), tokens.lengths, prefix is not None)
+    for batch in plain_batches(tokens, settings.most_tokens, own):
         hidden = trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
         found.append(task.scores(model, hidden, batch).float().cpu())
         order.extend(batch.indices)
-    scores = torch.cat(found)
+    made = workers.gather((order, torch.cat(found) if found else None))
+    scores = torch.cat([part for _, part in made if part is not None])
     result = torch.empty_like(scores)
-    result[order] = scores
+    result[[i for share, _ in made for i in share]] = scores
     return result

@@ -28,6 +28,7 @@ from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State, total_steps, train
 from lorakit.fit.settings import make_settings
 from lorakit.fit.settle import settle
+from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
@@ -72,17 +73,19 @@ def fit(
     rows.
 
     `model` is a name for `load_base` or a loaded Base, which is left as it was (with `consume` its frozen weights may
-    stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits`, or
-    its result. `task` is "classify" (one label for each text) or "generate" (a written answer to each prompt). `plan`
-    defaults to rank 8 on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run
-    directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers of an
-    uninterrupted one. `watch` is called with every Record and the total number of steps.
+    stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits`, or its result. `task`
+    is "classify" (one label for each text) or "generate" (a written answer to each prompt). `plan` defaults to rank 8
+    on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a
+    run that was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by
+    torchrun, its processes share the work of every step, and the first writes. `watch` is called with every Record and
+    the total number of steps.
     """
     kind: type[Task] = TASKS[task]
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
     place = Path(out) if out is not None else None
-    if place is not None:
+    workers = Workers.started()
+    if place is not None and workers.first:
         claim(place, resume, overwrite)
     began = time.perf_counter()
     data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
@@ -111,12 +114,13 @@ def fit(
                 "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
                 **_named(goal),
             }
-            with Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head, keep=not consume) as trunk:
-                learner = Learner(net, goal, trunk, chosen)
+            trunk = Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head, keep=not consume)
+            with workers, trunk:
+                learner = Learner(net, goal, trunk, chosen, workers)
                 try:
-                    if place is not None and not resume:
+                    if place is not None and not resume and workers.first:
                         _clear(place)
-                    settled = (
+                    settled = workers.agreed(
                         settled_before(place / "checkpoint") if place and resume else settle(learner, parts["train"])
                     )
                     learner.settings = replace(chosen, **settled)
@@ -130,7 +134,7 @@ def fit(
                 finally:
                     learner.release()
                 why_padded = trunk.why_padded
-            tried = goal.tried(base, data.test)
+            tried = goal.tried(base, data.test) if workers.first else {}
             adapter = collect(net).with_meta(
                 base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
             )
@@ -142,7 +146,8 @@ def fit(
     if goal.peft_task:
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     n_steps = total_steps(len(parts["train"]), chosen)
-    summary = _summary(base, goal, adapter, before, metrics, state, records, data, time.perf_counter() - began, n_steps)
+    spent = time.perf_counter() - began
+    summary = _summary(base, goal, adapter, before, metrics, state, records, data, spent, n_steps, workers.size)
     summary |= {
         "base_bytes": base_bytes,
         "dtype": chosen.dtype,
@@ -151,7 +156,7 @@ def fit(
         "settled": settled,
         **tried,
     }
-    if place is not None:
+    if place is not None and workers.first:
         _finish(place, goal, adapter, entries, records, summary)
     return Result(adapter, before, metrics, records, summary, place)
 
@@ -221,7 +226,7 @@ def _run(
         state = load_checkpoint(place / "checkpoint", learner, identity)
         records = _read_records(place / "records.jsonl", state.step, state.epoch)
     stream = None
-    if place is not None:
+    if place is not None and learner.workers.first:
         write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         stream = open(place / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed below
     total = total_steps(len(parts["train"]), chosen)
@@ -282,6 +287,7 @@ def _summary(
     data: Splits[Any],
     seconds: float,
     n_steps: int,
+    n_processes: int,
 ) -> dict[str, Any]:
     tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
     return {
@@ -303,6 +309,7 @@ def _summary(
         "total_s": round(seconds, 2),
         "tokens_per_s": round(tokens / state.seconds) if state.seconds else None,
         "threads": torch.get_num_threads(),
+        "processes": n_processes,
         "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -1,0 +1,90 @@
+"""Several processes on one run, as torchrun starts them: each takes a share of every step, their gradients are added.
+
+A share is some of the step's texts, about equal in tokens. The loss is divided by the labels of the whole step, so the
+sum over the shares is what one process would have got. All processes hold the whole base, read all data, and end with
+the same parameters; only the first writes.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lorakit.errors import FitError
+
+_PATIENCE = timedelta(minutes=10)  # how long a process is waited for that neither ends nor answers
+
+T = TypeVar("T")
+
+
+class Workers:
+    """The processes of a run, of which this is one. Inside `with` they can talk to each other.
+
+    Whatever they say raises FitError if one of them is gone.
+    """
+
+    def __init__(self, size: int = 1, number: int = 0) -> None:
+        self.size, self.number = size, number
+        self.first = number == 0
+        self._began = False
+
+    @classmethod
+    def started(cls) -> "Workers":
+        """Those that torchrun has started; this one alone if it has not."""
+        return cls(int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")))
+
+    def __enter__(self) -> "Workers":
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+            self._began = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._began:
+            dist.destroy_process_group()
+
+    def share(self, texts: Sequence[int], sizes: Sequence[int], fixed: bool = False) -> list[int]:
+        """This process' part of the texts: the longest (by `sizes`, in tokens) first, each to who has least yet.
+
+        With `fixed` every text always comes to the same process.
+        """
+        if self.size == 1:
+            return list(texts)
+        if fixed:
+            return [text for text in texts if text % self.size == self.number]
+        loads, own = [0] * self.size, list[int]()
+        for size, text in sorted(zip(sizes, texts), reverse=True):
+            least = loads.index(min(loads))
+            loads[least] += size
+            if least == self.number:
+                own.append(text)
+        return own
+
+    def add(self, tensor: Tensor) -> None:
+        """Puts the sum over all processes in place of `tensor`."""
+        if self.size > 1:
+            self._ask(dist.all_reduce, tensor)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gives here, in their order, to every process."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        self._ask(dist.all_gather_object, found, value)
+        return found
+
+    def agreed(self, value: T) -> T:
+        """What the first process gives here, to every process."""
+        return self.gather(value)[0]
+
+    def _ask(self, what: Any, *given: Any) -> None:
+        try:
+            what(*given)
+        except RuntimeError as error:  # also DistBackendError
+            raise FitError(
+                f"process {self.number} of {self.size} has lost another one ({str(error).splitlines()[0]}); the last "
+                "checkpoint is whole, if there is one, and the same command with --resume goes on from it"
+            ) from None
