@@ -4,9 +4,9 @@ Each side is a process of its own; they take turns, so that a noisy moment of th
 tokens per second of lorakit over those of the peer in the same turn. Trainer's own start is inside its time (about
 0.05 s a turn). Memory is the most that a side had resident beyond what its imports and its rows took.
 
-Besides the peers: full fine-tuning by Trainer; the frozen base, forward and input gradient, on lorakit's own trunk; and
-lorakit with adapters in the top quarter of the blocks, whose frozen prefix is kept over three epochs, against itself
-with adapters in all of them.
+Besides the peers: full fine-tuning by Trainer; the frozen base, forward and input gradient, on lorakit's own trunk; the
+base's matrix products alone, for as many rows; and lorakit with adapters in the top quarter of the blocks, whose frozen
+prefix is kept over three epochs, against itself with adapters in all of them.
 """
 
 import json
@@ -22,17 +22,17 @@ from common import Bench
 HERE = Path(__file__).parent
 OURS = "lorakit"
 FROZEN = "its frozen base, forward and input gradient"
+FULL = "full fine-tuning bf16, grouped by length"
+FLOOR = "its matrix products alone"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("ours", {}),
     FROZEN: ("ours", {"frozen": True}),
+    FLOOR: ("ours", {"floor": True}),
     "peft default": ("peft_trainer", {"dtype": "fp32", "order": "random"}),
     "peft grouped by length": ("peft_trainer", {"dtype": "fp32", "order": "grouped"}),
     "peft bf16": ("peft_trainer", {"dtype": "bf16", "order": "random"}),
     "peft bf16, grouped by length": ("peft_trainer", {"dtype": "bf16", "order": "grouped"}),
-    "full fine-tuning bf16, grouped by length": (
-        "peft_trainer",
-        {"dtype": "bf16", "order": "grouped", "full": True},
-    ),
+    FULL: ("peft_trainer", {"dtype": "bf16", "order": "grouped", "full": True}),
 }
 
 
@@ -94,11 +94,25 @@ def race(bench: Bench, job: str, names: list[str], turns: int, steps: int) -> No
         side.close()
     for name in names:
         bench.ratio(f"{job} vs {name}", [a / b for a, b in zip(rates[OURS], rates[name])])
-        if name != FROZEN:
+        if name not in (FROZEN, FLOOR):
             bench.ratio(f"{job} peak memory vs {name}", [peaks[name] / peaks[OURS]])
     for name in sides:
         bench.fact(f"{job} tokens/s, {name}", round(statistics.median(rates[name])))
         bench.fact(f"{job} peak MiB, {name}", round(peaks[name] / 2**20))
+
+
+def padding(bench: Bench, job: str) -> None:
+    """Rows that are padding: in random batches, and in batches grouped by length as Trainer does it."""
+    from sides.jobs import JOBS, rows
+
+    size = JOBS[job]["batch"]
+    lengths = [len(ids) for ids, _ in rows(job)[0]]
+    window = 50 * size
+    grouped = [n for k in range(0, len(lengths), window) for n in sorted(lengths[k : k + window], reverse=True)]
+    for name, order in (("random batches", lengths), ("batches grouped by length", grouped)):
+        batches = [order[k : k + size] for k in range(0, len(order), size)]
+        filled = sum(max(batch) * len(batch) for batch in batches)
+        bench.fact(f"{job} padding in {name}", f"{1 - sum(lengths) / filled:.1%}")
 
 
 def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
@@ -120,7 +134,7 @@ def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
     bench.ratio(f"{job} top quarter with kept prefix, 3 epochs, vs all layers", values)
 
 
-FEW = [FROZEN, "peft default", "peft bf16, grouped by length"]  # the default, and the best of the settings
+FEW = [FROZEN, FLOOR, "peft default", "peft bf16, grouped by length", FULL]  # the default, and the best of the settings
 JOB_SIDES = {  # others than lorakit; turns and steps, all and quick
     "minilm rt_polarity": (list(SIDES)[1:], (9, 20), (3, 8)),
     "llama 8x512 instructions": (FEW, (7, 8), (2, 4)),
@@ -133,6 +147,9 @@ def main() -> None:
     bench = Bench(__doc__ or "")
     for job in os.environ.get("JOBS", ",".join(JOB_SIDES)).split(","):
         names, full, quick = JOB_SIDES[job]
+        padding(bench, job)
+        if bench.quick and len(names) == len(FEW):
+            names = [name for name in names if name not in (FLOOR, FULL)]
         race(bench, job, names, *(quick if bench.quick else full))
     prefix_race(bench, "bert 12x384 rt_polarity", bench.rounds(5, 1), bench.rounds(1600, 320))
     bench.done()

@@ -1,4 +1,7 @@
-"""lorakit's side: the trunk and the learner that `lorakit fit` runs; or the frozen base alone (`frozen`)."""
+"""lorakit's side: the trunk and the learner that `lorakit fit` runs; or the frozen base alone (`frozen`).
+
+Or only its matrix products (`floor`): what no training step of this base can be faster than, however it is written.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.attach import groups
+from lorakit.attach.kernels.products import input_gradient, linear, pack
 from lorakit.data.batches import IGNORED, Tokens, gather, training_batches
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
@@ -46,15 +50,18 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     less(set(setting.get("without", ())))
     if "half precision" in setting.get("without", ()):
         dtype = "fp32"
-    if not setting.get("frozen"):
+    if not setting.get("frozen") and not setting.get("floor"):
         plan = lk.plan(model, rank=job["rank"], trained=(task.head,) if task.head else (), **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
     trunk = Trunk(model, dtype=dtype, head=task.head, keep=False).__enter__()
     batches = training_batches(tokens, job["batch"], setting["seed"], 0, bool(trunk.why_padded))
     batches = [batch for batch in batches if len(batch) == job["batch"]]
-    step = (
-        frozen(model, task, trunk, tokens) if setting.get("frozen") else learning(model, task, trunk, tokens, settings)
-    )
+    if setting.get("floor"):
+        step = products(model, trunk, tokens)
+    elif setting.get("frozen"):
+        step = frozen(model, task, trunk, tokens)
+    else:
+        step = learning(model, task, trunk, tokens, settings)
     at = 0
 
     def steps(n: int) -> tuple[int, list[float]]:
@@ -116,6 +123,27 @@ def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callab
         loss = task.loss(model, trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return batch.n_tokens, float(loss.detach())
+
+    return step
+
+
+@torch.no_grad()
+def products(model: nn.Module, trunk: Trunk, tokens: Tokens) -> Callable[[Sequence[int]], tuple[int, float]]:
+    """Every weight of the base times as many rows as a step has, and its transpose times as many: no more than that."""
+    output = model.get_output_embeddings() if hasattr(model, "lm_head") else None  # type: ignore[operator]
+    weights = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            weights.append((weight.to(trunk.dtype), pack(weight.to(trunk.dtype).contiguous()), module is output))
+
+    def step(indices: Sequence[int]) -> tuple[int, float]:
+        batch = gather(tokens, indices)
+        for weight, packed, at_labels in weights:
+            n = len(batch.labels) if at_labels else batch.n_tokens + -batch.n_tokens % 32
+            x = torch.zeros(n, weight.shape[1], dtype=trunk.dtype)
+            input_gradient(linear(x, weight, None, packed), weight, packed)
+        return batch.n_tokens, 0.0
 
     return step
 
