@@ -85,6 +85,16 @@ def test_fit_tells_accuracy_before_and_after_and_the_size_beside_the_base(place,
     assert summary["adapter_bytes"] < summary["base_bytes"]
 
 
+def test_fit_says_which_learning_rate_it_took_and_why(place, capsys, tmp_path):
+    code, out, err = told(capsys, *fit_words(place, tmp_path / "run", "--lr", "auto"))
+    assert code == 0, err
+    assert "learning rate" in out and "by trial" in out
+    code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--lr", "default", "--overwrite"))
+    assert "by rule: width 32" in out
+    code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite"))
+    assert "learning rate" not in out
+
+
 def test_settings_can_come_from_a_file_and_flags_win(place, capsys, tmp_path):
     (tmp_path / "s.toml").write_text("epochs = 1\nseed = 3\n")
     words = ["fit", place / "base", place / "data.csv", "--out", tmp_path / "run", "--settings", tmp_path / "s.toml"]

@@ -25,8 +25,9 @@ class Method(ABC):
     """Named factors of one layer <-> its `Update`.
 
     Class attributes: `name`; `formula`, `parameters`, `use` and `source` (the docs' table); `frozen` (factors that
-    never learn); `takes_rank`; `reads_weight` (the update depends on the base weight); `exact_pair` (the update is a
-    low-rank pair); `peft_type` and `peft_config` (the PEFT twin, or None).
+    never learn); `pace` (its learning rate beside lora's, as measured); `takes_rank`; `reads_weight` (the update
+    depends on the base weight); `exact_pair` (the update is a low-rank pair); `peft_type` and `peft_config` (the PEFT
+    twin, or None).
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class Method(ABC):
     use: ClassVar[str]
     source: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
+    pace: ClassVar[float] = 1.0
     takes_rank: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     exact_pair: ClassVar[bool] = True

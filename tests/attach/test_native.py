@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.attach.kernels import native
+
 CODE = """
 import torch
 from lorakit.attach.kernels import native
@@ -57,3 +59,25 @@ def test_without_them_torch_does_the_work_and_the_reason_is_told(env: dict[str, 
     told = run(XDG_CACHE_HOME=str(tmp_path), **env)
     assert told.startswith("False |")
     assert why in told
+
+
+THREADS = """
+import os, sys
+import torch
+from lorakit.attach.kernels.rows import rms_norm
+torch.set_num_threads(int(sys.argv[1]))
+x, weight = torch.randn(512, 256), torch.ones(256)
+before = len(os.listdir("/proc/self/task"))
+rms_norm(x, weight, 1e-5)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 4])
+def test_they_run_on_as_many_threads_as_torch_is_set_to(n: int) -> None:
+    if native.library() is None:
+        pytest.skip(native.reason())
+    command = [sys.executable, "-c", THREADS, str(n)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == n - 1

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> Reply:
     import torch
 
     from lorakit.attach.kernels.native import reason
+    from lorakit.fit.threads import processors
 
     found: dict[str, Any] = {
         "lorakit": __version__,
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> Reply:
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": processors(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

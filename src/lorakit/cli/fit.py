@@ -79,7 +79,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     layer_arguments(parser)
     group = parser.add_argument_group("settings")
     for name, (kind, what) in _SETTINGS.items():
-        group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=what)
+        words = [f"--{name}", *(["--lr"] if name == "learning-rate" else [])]
+        group.add_argument(*words, type=kind, metavar=kind.__name__.upper(), help=what)
 
 
 def run(args: argparse.Namespace) -> Reply:
@@ -176,7 +177,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
     before, after = summary["before"], summary["test"]
     program = sys.argv[0] if Path(sys.argv[0]).name == "lorakit" else "lorakit"
     processes = f"{summary['processes']} processes of " if summary["processes"] > 1 else ""
-    own, whole = summary["adapter_bytes"], summary["base_bytes"]
+    own, whole, settled = summary["adapter_bytes"], summary["base_bytes"], summary["settled"]
     rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
     kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
     lines = [
@@ -190,6 +191,11 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
             "training",
             f"{summary['steps']} steps in {summary['train_s']:.0f} s, {summary['tokens_per_s']:,} tokens/s on "
             f"{processes}{summary['threads']} threads in {summary['dtype']}; {summary['total_s']:.0f} s in all",
+        ),
+        *(
+            [("learning rate", f"{settled['learning_rate']:g} {settled['notes']['learning_rate']['why']}")]
+            if "learning_rate" in settled
+            else []
         ),
         *([("frozen prefix", summary["prefix"])] if not summary["prefix"].startswith("off") else []),
         *([("padded", summary["padded"])] if summary["padded"] else []),

@@ -60,8 +60,11 @@ class Learner:
         if self.trunk.groups is not None:
             self.trunk.groups.gradients_in_place(on)
 
-    def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
-        """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
+    def gradients(self, tokens: Tokens, indices: Sequence[int]) -> tuple[float, int]:
+        """Mean loss and number of tokens of the texts at these places, and the loss's gradient in `flat`.
+
+        FitError if the loss is not finite.
+        """
         n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
         own = self.workers.share(indices, [len(tokens.ids[i]) for i in indices], bool(self.prefixes))
         self.flat.clear()
@@ -76,6 +79,11 @@ class Learner:
         total, n_tokens = float(seen[0]), int(seen[1])
         if not math.isfinite(total):
             raise FitError(f"the loss is {total} {self._where(tokens, indices)}")
+        return total, n_tokens
+
+    def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
+        """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
+        total, n_tokens = self.gradients(tokens, indices)
         norm = float(self.flat.clip(self.settings.clip))
         if not math.isfinite(norm):
             raise FitError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")

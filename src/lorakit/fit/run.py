@@ -28,6 +28,7 @@ from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State, total_steps, train
 from lorakit.fit.settings import make_settings
 from lorakit.fit.settle import settle
+from lorakit.fit.threads import threads_put_back
 from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
@@ -56,6 +57,7 @@ class Result:
         return f"Result({change}, {self.adapter!r}{where})"
 
 
+@threads_put_back()
 def fit(
     model: str | Base,
     data: str | Path | Splits[Any],
@@ -121,9 +123,12 @@ def fit(
                     if place is not None and not resume and workers.first:
                         _clear(place)
                     settled = workers.agreed(
-                        settled_before(place / "checkpoint") if place and resume else settle(learner, parts["train"])
+                        settled_before(place / "checkpoint")
+                        if place and resume
+                        else settle(learner, parts["train"], entries)
                     )
-                    learner.settings = replace(chosen, **settled)
+                    learner.settings = chosen.filled(settled)
+                    torch.set_num_threads(learner.settings.threads)
                     kept = learner.keep_prefix(parts, place)
                     before = learner.evaluate(parts["test"])
                     records, state = _run(learner, parts, place, resume, identity, settled, watch)

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class Settings:
     def most_tokens(self) -> int:
         """Tokens of one pass."""
         return self.tokens_per_pass or TOKENS_PER_PASS
+
+    def filled(self, settled: Mapping[str, Any]) -> "Settings":
+        """These settings with what was settled for those that were open; notes beside them are left out."""
+        return replace(self, **{field.name: settled[field.name] for field in fields(self) if field.name in settled})
 
     def values(self) -> dict[str, Any]:
         """Name -> value."""

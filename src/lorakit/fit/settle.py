@@ -10,18 +10,25 @@ import torch
 
 from lorakit.data.batches import Tokens
 from lorakit.fit.learner import Learner
+from lorakit.fit.rate import default_rate, tried_rate
 from lorakit.fit.settings import TOKENS_PER_PASS
+from lorakit.fit.threads import choose_threads
+from lorakit.plan import Plan
 
-RATE = 1e-3
 
+def settle(learner: Learner, tokens: Tokens, plan: Plan) -> dict[str, Any]:
+    """Name -> value of the settings that are open, by trials on the training rows; what learns is left as it was.
 
-def settle(learner: Learner, tokens: Tokens) -> dict[str, Any]:
-    """Name -> value of the settings that are open, by trials on the training rows; what learns is left as it was."""
+    `notes` beside them says why, in words and numbers. Torch is left with the number of threads that was chosen.
+    """
     wish, found = learner.settings, dict[str, Any]()
     if not wish.tokens_per_pass:
         found["tokens_per_pass"] = TOKENS_PER_PASS
+    learner.settings = wish.filled(found)  # the trials run in passes of that size
     if not wish.threads:
-        found["threads"] = torch.get_num_threads()
+        found["threads"] = choose_threads(learner, tokens)
+    torch.set_num_threads(wish.threads or found["threads"])
     if isinstance(wish.learning_rate, str):
-        found["learning_rate"] = RATE
+        rate = default_rate(learner, plan) if wish.learning_rate == "default" else tried_rate(learner, tokens, plan)
+        found |= {"learning_rate": rate.value, "notes": {"learning_rate": rate.note()}}
     return found

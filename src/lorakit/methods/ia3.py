@@ -23,6 +23,7 @@ class Ia3(Method):
     parameters = "o, or i"
     use = "a few thousand numbers: many tasks, little data"
     source = "Liu et al., 2022, arXiv 2205.05638"
+    pace = 4.0
     takes_rank = False
     exact_pair = False
     peft_type = "IA3"

@@ -126,7 +126,7 @@ class Trunk:
 
     def prefix(self, lengths: Sequence[int], file: Path | None = None) -> Prefix:
         """Room for the frozen blocks' states of texts with these lengths; see `depth`."""
-        return Prefix(lengths, self._width(), self.dtype, file)
+        return Prefix(lengths, self.width, self.dtype, file)
 
     @property
     def n_blocks(self) -> int:
@@ -135,9 +135,11 @@ class Trunk:
 
     def prefix_size(self, lengths: Sequence[int]) -> int:
         """Bytes that `prefix` would take."""
-        return Prefix.size(lengths, self._width(), self.dtype)
+        return Prefix.size(lengths, self.width, self.dtype)
 
-    def _width(self) -> int:
+    @property
+    def width(self) -> int:
+        """Numbers in the hidden state of a token."""
         return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
     def refresh(self) -> None:
