@@ -1,4 +1,6 @@
-"""Writes docs/cli.md (every --help) and docs/methods.md (tables of the registries). `--check` only compares.
+"""Writes docs/cli.md (every --help), methods.md (tables of the registries) and benchmarks.md (measured numbers).
+
+`--check` only compares.
 
 python docs/generate.py
 """
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 os.environ["COLUMNS"] = "110"  # argparse wraps by it
+
+from benchmarks_page import benchmarks_page, row
 
 from lorakit.cli import VERBS, parser_of
 from lorakit.kinds import KINDS
@@ -27,11 +31,6 @@ def cli_page() -> str:
     for verb in VERBS:
         lines += [f"## lorakit {verb}", "", "```", parser_of(verb).format_help().rstrip(), "```", ""]
     return "\n".join(lines)
-
-
-def row(*cells: str) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def methods_page() -> str:
@@ -58,7 +57,8 @@ def methods_page() -> str:
 def main() -> None:
     """Writes or compares."""
     stale = []
-    for name, page in (("cli.md", cli_page()), ("methods.md", methods_page())):
+    pages = {"cli.md": cli_page(), "methods.md": methods_page(), "benchmarks.md": benchmarks_page()}
+    for name, page in pages.items():
         file = FOLDER / name
         if "--check" in sys.argv:
             if not file.is_file() or file.read_text(encoding="utf-8") != page:
