@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -80,6 +81,8 @@ def test_fit_tells_accuracy_before_and_after_and_the_size_beside_the_base(place,
     assert "->" in out
     assert "of the base's" in out
     assert "epoch 1:" in err
+    assert re.search(r"memory: about [\d.]+ [MG]B at the peak, [\d.]+ [MG]B free; passes of up to 4,096 tokens", err)
+    assert re.search(r"memory +peak [\d.]+ [MG]B, estimated [\d.]+ [MG]B", out)
     code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite", "--json"))
     summary = json.loads(out)
     assert summary["adapter_bytes"] < summary["base_bytes"]

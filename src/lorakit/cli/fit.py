@@ -158,6 +158,9 @@ class _Watch:
         self.note = ""
 
     def __call__(self, record: Any, total: int) -> None:
+        if record.kind == "start":
+            say(_memory(record.values))
+            return
         if self.move is None:
             self.move = progress(total, "step")
         if record.kind == "valid":
@@ -171,6 +174,11 @@ class _Watch:
             self.move(record.step, f"loss {record.values['loss']:.3f}, {self.note}")
 
 
+def _memory(values: Any) -> str:
+    needed, free = (size(values[name]) for name in ("estimated_bytes", "free_bytes"))
+    return f"memory: about {needed} at the peak, {free} free; passes of up to {values['tokens_per_pass']:,} tokens"
+
+
 def _report(task: Any, summary: dict[str, Any], out: str) -> str:
     from lorakit.tasks.task import figure
 
@@ -178,6 +186,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
     program = sys.argv[0] if Path(sys.argv[0]).name == "lorakit" else "lorakit"
     processes = f"{summary['processes']} processes of " if summary["processes"] > 1 else ""
     own, whole, settled = summary["adapter_bytes"], summary["base_bytes"], summary["settled"]
+    memory = summary["memory"]
     rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
     kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
     lines = [
@@ -197,6 +206,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
             if "learning_rate" in settled
             else []
         ),
+        ("memory", f"peak {size(memory['peak_bytes'])}, estimated {size(memory['estimated_bytes'])}"),
         *([("frozen prefix", summary["prefix"])] if not summary["prefix"].startswith("off") else []),
         *([("padded", summary["padded"])] if summary["padded"] else []),
         ("kept", f"{kept}{'; stopped early, no better one came' if summary['stopped_early'] else ''}"),

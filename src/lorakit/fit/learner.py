@@ -16,7 +16,7 @@ from lorakit.fit.workers import Workers
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk
 from lorakit.trunk.flat import Flat
-from lorakit.trunk.memory import available_memory
+from lorakit.trunk.memory import Bound, available_memory
 from lorakit.trunk.prefix import Prefix
 
 
@@ -53,6 +53,7 @@ class Learner:
         )
         self.ema = self.flat.values.clone() if settings.ema else None
         self.prefixes: dict[int, Prefix] = {}  # by the id of their Tokens
+        self.bound: Bound | None = None  # of the process's memory, between passes
         trunk.refresh()
         self._in_place(True)
 
@@ -70,9 +71,11 @@ class Learner:
         self.flat.clear()
         for part in passes(tokens, own, self.settings.most_tokens):
             batch = gather(tokens, part)
-            loss = self._loss(batch, tokens) / max(1, n_labels)
+            loss = self.loss(batch, tokens) / max(1, n_labels)
             loss.backward()  # type: ignore[no-untyped-call]
             total, n_tokens = total + float(loss.detach()), n_tokens + batch.n_tokens
+            if self.bound is not None:
+                self.bound.keep()
         seen = torch.tensor([total, n_tokens], dtype=torch.float64)
         self.workers.add(seen)
         self.workers.add(self.flat.gradients)
@@ -99,13 +102,14 @@ class Learner:
         prefix = self.prefixes.get(id(tokens))
         return self.trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
 
-    def _loss(self, batch: Batch, tokens: Tokens) -> Tensor:
+    def loss(self, batch: Batch, tokens: Tokens) -> Tensor:
+        """The summed loss of a pass."""
         return self.task.loss(self.model, self._hidden(batch, tokens), batch)
 
     @torch.no_grad()
     def _where(self, tokens: Tokens, indices: Sequence[int]) -> str:
         """The rows that alone give no finite loss; all of the batch if each does."""
-        alone = [i for i in indices if not bool(torch.isfinite(self._loss(gather(tokens, [i]), tokens)))]
+        alone = [i for i in indices if not bool(torch.isfinite(self.loss(gather(tokens, [i]), tokens)))]
         lines = sorted(tokens.lines[i] for i in alone or indices)
         named = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         return f"by row {named} alone" if len(alone) == 1 else f"in the {'' if alone else 'batch of '}rows {named}"
@@ -116,7 +120,7 @@ class Learner:
         learning = self.flat.named
         self._in_place(False)
         with recorded(self.model) as unseen:
-            loss = self._loss(batch, tokens)
+            loss = self.loss(batch, tokens)
         refuse_unseen(self.model, unseen)
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
         self._in_place(True)
@@ -150,7 +154,7 @@ class Learner:
             return "off: every row is seen once"
         size = sum(self.trunk.prefix_size(tokens.lengths) for tokens in parts.values())
         told = f"{depth} of {self.trunk.n_blocks} blocks, {size / 2**20:,.0f} MiB"
-        in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory() / self.workers.size)
+        in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory())
         if not in_memory and place is None:
             return f"off: {told} do not fit in memory, and the run has no directory"
         try:

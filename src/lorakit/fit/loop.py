@@ -6,7 +6,7 @@ checkpoint takes the very steps it would have taken. The trunk stays in eval mod
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,12 @@ class State:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of records.jsonl. `kind` is "step" or "valid"."""
+    """One line of records.jsonl, of kind "step" or "valid"; or of kind "start", for whoever watches."""
 
     kind: str
     step: int
     epoch: int
-    values: dict[str, float]
+    values: Mapping[str, float]
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:

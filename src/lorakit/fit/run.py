@@ -22,6 +22,7 @@ from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Tokens
 from lorakit.errors import FitError, MissingExtraError, UsageError
 from lorakit.files import write_json, write_text
+from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint, settled_before
 from lorakit.fit.curve import draw_curve
 from lorakit.fit.learner import Learner
@@ -35,6 +36,7 @@ from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import TASKS, Task, figure
 from lorakit.trunk import Trunk, resolve_dtype
+from lorakit.trunk.memory import peak_resident
 
 Watch = Callable[[Record, int], None]
 
@@ -80,7 +82,8 @@ def fit(
     on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a
     run that was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by
     torchrun, its processes share the work of every step, and the first writes. `watch` is called with every Record and
-    the total number of steps.
+    the total number of steps; before the first with one of kind "start", whose values tell memory: `estimated_bytes`,
+    `free_bytes`, `tokens_per_pass`.
     """
     kind: type[Task] = TASKS[task]
     chosen = make_settings(settings)
@@ -122,20 +125,23 @@ def fit(
                 try:
                     if place is not None and not resume and workers.first:
                         _clear(place)
+                    kept = learner.keep_prefix(parts, place)
+                    budget = Budget(learner, parts)
                     settled = workers.agreed(
                         settled_before(place / "checkpoint")
                         if place and resume
-                        else settle(learner, parts["train"], entries)
+                        else settle(learner, parts["train"], entries, budget)
                     )
                     learner.settings = chosen.filled(settled)
                     torch.set_num_threads(learner.settings.threads)
-                    kept = learner.keep_prefix(parts, place)
+                    memory = budget.begin(learner)
                     before = learner.evaluate(parts["test"])
-                    records, state = _run(learner, parts, place, resume, identity, settled, watch)
+                    records, state = _run(learner, parts, place, resume, identity, settled, watch, memory)
                     assert state.best_values is not None
                     learner.ema = None
                     learner.load(state.best_values)
                     metrics = learner.evaluate(parts["test"])
+                    memory["peak_bytes"] = peak_resident()
                 finally:
                     learner.release()
                 why_padded = trunk.why_padded
@@ -159,6 +165,7 @@ def fit(
         "padded": why_padded,
         "prefix": kept,
         "settled": settled,
+        "memory": memory,
         **tried,
     }
     if place is not None and workers.first:
@@ -224,6 +231,7 @@ def _run(
     identity: dict[str, Any],
     settled: dict[str, Any],
     watch: Watch | None,
+    memory: dict[str, int],
 ) -> tuple[list[dict[str, Any]], State]:
     chosen = learner.settings
     state, records = State(settled=settled), []
@@ -235,6 +243,8 @@ def _run(
         write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         stream = open(place / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed below
     total = total_steps(len(parts["train"]), chosen)
+    if watch is not None:
+        watch(Record("start", state.step, state.epoch, {**memory}), total)
     try:
         for record in train(learner, parts["train"], parts["valid"], state):
             line = {"kind": record.kind, "step": record.step, "epoch": record.epoch, **record.values}

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from lorakit.data.batches import Tokens
+from lorakit.fit.budget import Budget
 from lorakit.fit.learner import Learner
 from lorakit.fit.rate import default_rate, tried_rate
-from lorakit.fit.settings import TOKENS_PER_PASS
 from lorakit.fit.threads import choose_threads
 from lorakit.plan import Plan
 
 
-def settle(learner: Learner, tokens: Tokens, plan: Plan) -> dict[str, Any]:
+def settle(learner: Learner, tokens: Tokens, plan: Plan, budget: Budget) -> dict[str, Any]:
     """Name -> value of the settings that are open, by trials on the training rows; what learns is left as it was.
 
     `notes` beside them says why, in words and numbers. Torch is left with the number of threads that was chosen.
     """
     wish, found = learner.settings, dict[str, Any]()
     if not wish.tokens_per_pass:
-        found["tokens_per_pass"] = TOKENS_PER_PASS
+        found["tokens_per_pass"] = budget.tokens_per_pass()
     learner.settings = wish.filled(found)  # the trials run in passes of that size
     if not wish.threads:
         found["threads"] = choose_threads(learner, tokens)

@@ -40,6 +40,11 @@ class Prefix:
         """Bytes that it would take."""
         return sum(lengths) * width * dtype.itemsize
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that it comes to take; none if they lie in a file, whose pages the system can take back."""
+        return 0 if self.file else self.states.nbytes
+
     def has(self, texts: Sequence[int]) -> bool:
         """All of these texts are in it."""
         return bool(self.known[list(texts)].all())

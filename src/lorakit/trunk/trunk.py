@@ -17,7 +17,7 @@ from lorakit.attach.slots import find_home, switch_of
 from lorakit.errors import UsageError, nearest
 from lorakit.trunk.blocks import Blocks, Call, stack_of
 from lorakit.trunk.lean import Lean
-from lorakit.trunk.memory import keep_freed_memory
+from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
 from lorakit.trunk.packing import CannotPackError, packed
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
@@ -76,6 +76,7 @@ class Trunk:
     def __enter__(self) -> "Trunk":
         with ExitStack() as stack:
             keep_freed_memory()
+            keep_few_kernels()
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_groups(stack)
