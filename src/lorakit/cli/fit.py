@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
     from lorakit.errors import StoppedError, UsageError
-    from lorakit.fit.run import claim, fit
+    from lorakit.fit.directory import claim
+    from lorakit.fit.run import fit
     from lorakit.fit.settings import make_settings
     from lorakit.plan import Plan
     from lorakit.tasks.base import load_base

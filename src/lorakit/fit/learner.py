@@ -203,7 +203,7 @@ class Learner:
                     memory[name] = value.clone()
             self.optimizer.state[flat] = memory
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Gives the parameters their own memory again, and forgets the frozen states."""
         self._drop_prefixes()
         self.flat.release()

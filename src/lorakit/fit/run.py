@@ -1,30 +1,26 @@
 """fit: from a model and rows to a run directory with an adapter that is proven on rows it has not seen.
 
-run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
+The order of things is here; the run directory is in directory.py, a step in learner.py, the loop in loop.py.
 """
 
-import json
-import os
 import platform
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.data import Splits, load_splits
-from lorakit.data.batches import Tokens
-from lorakit.errors import FitError, MissingExtraError, UsageError
-from lorakit.files import write_json, write_text
 from lorakit.fit.budget import Budget
-from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint, settled_before
-from lorakit.fit.curve import draw_curve
+from lorakit.fit.checkpoint import settled_before
+from lorakit.fit.directory import Journal, claim, clear, finish
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State, total_steps, train
 from lorakit.fit.settings import make_settings
@@ -101,184 +97,92 @@ def fit(
         name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    consume = consume or isinstance(model, str)
-    net, head = base.model, goal.head
+    net, keep = base.model, not (consume or isinstance(model, str))
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
+    with workers, _adapted(net, goal, plan, chosen.seed) as entries:
+        identity = {
+            "settings": chosen.values(),
+            "plan": entries.toml(),
+            "base": base_fingerprint(net, entries.layers),
+            "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
+            **_named(goal),
+        }
+        trunk = Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=goal.head, keep=keep)
+        with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
+            if place is not None and not resume and workers.first:
+                clear(place)
+            kept = learner.keep_prefix(parts, place)
+            budget = Budget(learner, parts)
+            settled = workers.agreed(
+                settled_before(place / "checkpoint")
+                if place and resume
+                else settle(learner, parts["train"], entries, budget)
+            )
+            learner.settings = chosen.filled(settled)
+            torch.set_num_threads(learner.settings.threads)
+            memory = budget.begin(learner)
+            before = learner.evaluate(parts["test"])
+            n_steps = total_steps(len(parts["train"]), chosen)
+            with Journal(learner, place, resume, identity, settled) as journal:
+                state = journal.state
+                if watch is not None:
+                    watch(Record("start", state.step, state.epoch, {**memory}), n_steps)
+                for record in train(learner, parts["train"], parts["valid"], state):
+                    journal.add(record)
+                    if watch is not None:
+                        watch(record, n_steps)
+            assert state.best_values is not None
+            learner.ema = None
+            learner.load(state.best_values)
+            metrics = learner.evaluate(parts["test"])
+            memory["peak_bytes"] = peak_resident()
+        tried = goal.tried(base, data.test) if workers.first else {}
+        adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
+    if goal.peft_task:
+        adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
+    spent = time.perf_counter() - began
+    summary = {
+        **_about(base, goal, adapter, data),
+        **_course(goal, state, journal.records, spent, n_steps),
+        "before": before,
+        "test": metrics,
+        "base_bytes": base_bytes,
+        "dtype": chosen.dtype,
+        "padded": trunk.why_padded,
+        "prefix": kept,
+        "settled": settled,
+        "memory": memory,
+        "processes": workers.size,
+        **tried,
+    }
+    if place is not None and workers.first:
+        finish(place, goal, adapter, entries, journal.records, summary)
+    return Result(adapter, before, metrics, journal.records, summary, place)
+
+
+@contextmanager
+def _adapted(net: nn.Module, goal: Task, plan: Plan | None, seed: int) -> Iterator[Plan]:
+    """Within the block the model has the task's head and fresh factors by the plan, which is given, head included."""
+    head = goal.head
     had_head = hasattr(net, head)
     goal.prepare(net)
     try:
         entries = plan or make_plan(net, trained=(head,) if head else ())
         if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
             entries = Plan(entries.layers, (*entries.trained, head), entries.note)
-        attach(net, entries, seed=chosen.seed)
+        attach(net, entries, seed=seed)
         try:
-            identity = {
-                "settings": chosen.values(),
-                "plan": entries.toml(),
-                "base": base_fingerprint(net, entries.layers),
-                "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
-                **_named(goal),
-            }
-            trunk = Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=head, keep=not consume)
-            with workers, trunk:
-                learner = Learner(net, goal, trunk, chosen, workers)
-                try:
-                    if place is not None and not resume and workers.first:
-                        _clear(place)
-                    kept = learner.keep_prefix(parts, place)
-                    budget = Budget(learner, parts)
-                    settled = workers.agreed(
-                        settled_before(place / "checkpoint")
-                        if place and resume
-                        else settle(learner, parts["train"], entries, budget)
-                    )
-                    learner.settings = chosen.filled(settled)
-                    torch.set_num_threads(learner.settings.threads)
-                    memory = budget.begin(learner)
-                    before = learner.evaluate(parts["test"])
-                    records, state = _run(learner, parts, place, resume, identity, settled, watch, memory)
-                    assert state.best_values is not None
-                    learner.ema = None
-                    learner.load(state.best_values)
-                    metrics = learner.evaluate(parts["test"])
-                    memory["peak_bytes"] = peak_resident()
-                finally:
-                    learner.release()
-                why_padded = trunk.why_padded
-            tried = goal.tried(base, data.test) if workers.first else {}
-            adapter = collect(net).with_meta(
-                base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
-            )
+            yield entries
         finally:
             detach(net)
     finally:
         if head and not had_head and head in net._modules:
             del net._modules[head]
-    if goal.peft_task:
-        adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
-    n_steps = total_steps(len(parts["train"]), chosen)
-    spent = time.perf_counter() - began
-    summary = _summary(base, goal, adapter, before, metrics, state, records, data, spent, n_steps, workers.size)
-    summary |= {
-        "base_bytes": base_bytes,
-        "dtype": chosen.dtype,
-        "padded": why_padded,
-        "prefix": kept,
-        "settled": settled,
-        "memory": memory,
-        **tried,
-    }
-    if place is not None and workers.first:
-        _finish(place, goal, adapter, entries, records, summary)
-    return Result(adapter, before, metrics, records, summary, place)
 
 
 def _named(goal: Task) -> dict[str, Any]:
     """What a task is, as entries beside others: its name as `task`, and all else that it remembers."""
     return {"task" if key == "name" else key: value for key, value in goal.note().items()}
-
-
-def claim(place: Path, resume: bool, overwrite: bool) -> None:
-    """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet."""
-    if resume and overwrite:
-        raise UsageError("resume goes on with a run and overwrite begins it anew; give one of them")
-    if place.exists() and not place.is_dir():
-        raise UsageError(f"'{place}' is a file; name a directory for the run")
-    if resume and not (place / "checkpoint").is_dir():
-        state = (
-            "does not exist"
-            if not place.is_dir()
-            else "holds a finished run"
-            if _is_done(place)
-            else "has no checkpoint"
-        )
-        raise UsageError(f"'{place}' {state}; there is nothing to resume")
-    if place.is_dir() and any(place.iterdir()) and not resume:
-        if not overwrite:
-            raise UsageError(
-                f"'{place}' is not empty; go on with --resume, replace it with --overwrite, or name another directory"
-            )
-        if not (_is_done(place) or (place / "checkpoint").exists() or (place / "records.jsonl").exists()):
-            raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
-    host = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if not host.is_dir() or not os.access(host, os.W_OK):
-        raise UsageError(f"cannot write into '{place}': '{host}' is {'not writable' if host.is_dir() else 'a file'}")
-
-
-def _is_done(place: Path) -> bool:
-    return (place / "summary.json").exists()
-
-
-def _clear(place: Path) -> None:
-    """Makes the run directory, or empties it of the run that is to be replaced."""
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
-    for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
-        (place / name).unlink(missing_ok=True)
-    for file in place.glob("prefix_*.bin"):  # of a run that was killed
-        file.unlink()
-    for name in ("checkpoint", "adapter"):
-        shutil.rmtree(place / name, ignore_errors=True)
-
-
-def _run(
-    learner: Learner,
-    parts: dict[str, Tokens],
-    place: Path | None,
-    resume: bool,
-    identity: dict[str, Any],
-    settled: dict[str, Any],
-    watch: Watch | None,
-    memory: dict[str, int],
-) -> tuple[list[dict[str, Any]], State]:
-    chosen = learner.settings
-    state, records = State(settled=settled), []
-    if place is not None and resume:
-        state = load_checkpoint(place / "checkpoint", learner, identity)
-        records = _read_records(place / "records.jsonl", state.step, state.epoch)
-    stream = None
-    if place is not None and learner.workers.first:
-        write_text(place / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        stream = open(place / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed below
-    total = total_steps(len(parts["train"]), chosen)
-    if watch is not None:
-        watch(Record("start", state.step, state.epoch, {**memory}), total)
-    try:
-        for record in train(learner, parts["train"], parts["valid"], state):
-            line = {"kind": record.kind, "step": record.step, "epoch": record.epoch, **record.values}
-            records.append(line)
-            due = record.kind == "valid" or (chosen.checkpoint_steps and record.step % chosen.checkpoint_steps == 0)
-            if stream is not None and place is not None:
-                stream.write(json.dumps(line) + "\n")
-                if due:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                    save_checkpoint(place / "checkpoint", learner, state, identity)
-            if watch is not None:
-                watch(record, total)
-    except OSError as error:
-        raise FitError(f"cannot write into '{place}': {error.strerror or error}; free some space and resume") from None
-    finally:
-        if stream is not None:
-            stream.close()
-    return records, state
-
-
-def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
-    """The records up to the checkpoint; later ones will be made again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # cut short by the kill
-        if record["step"] > step or (record["kind"] == "valid" and record["epoch"] > epoch):
-            break
-        records.append(record)
-    return records
 
 
 def _best_epoch(goal: Task, records: list[dict[str, Any]]) -> int:
@@ -291,20 +195,8 @@ def _best_epoch(goal: Task, records: list[dict[str, Any]]) -> int:
     return int(best["epoch"])
 
 
-def _summary(
-    base: Base,
-    goal: Task,
-    adapter: Adapter,
-    before: dict[str, float],
-    metrics: dict[str, float],
-    state: State,
-    records: list[dict[str, Any]],
-    data: Splits[Any],
-    seconds: float,
-    n_steps: int,
-    n_processes: int,
-) -> dict[str, Any]:
-    tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
+def _about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any]) -> dict[str, Any]:
+    """What was trained, on what, with what."""
     return {
         "base": base.name,
         "base_parameters": sum(p.numel() for p in base.model.parameters()),
@@ -313,8 +205,14 @@ def _summary(
         "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         **_named(goal),
         "metric": goal.metric,
-        "before": before,
-        "test": metrics,
+        "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _course(goal: Task, state: State, records: list[dict[str, Any]], seconds: float, n_steps: int) -> dict[str, Any]:
+    """How it went."""
+    tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
+    return {
         "best_valid": state.best,
         "best_epoch": _best_epoch(goal, records),
         "stopped_early": state.stale > 0 and state.step < n_steps,
@@ -324,20 +222,4 @@ def _summary(
         "total_s": round(seconds, 2),
         "tokens_per_s": round(tokens / state.seconds) if state.seconds else None,
         "threads": torch.get_num_threads(),
-        "processes": n_processes,
-        "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _finish(
-    place: Path, goal: Task, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
-    plan.save(place / "plan.toml")
-    adapter.save(place / "adapter")
-    try:
-        draw_curve(records, place / "curve.png", goal.drawn)
-        summary["curve"] = "curve.png"
-    except MissingExtraError as error:
-        summary["curve"] = f"not drawn: {error}"
-    write_json(place / "summary.json", summary)
-    shutil.rmtree(place / "checkpoint", ignore_errors=True)

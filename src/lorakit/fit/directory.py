@@ -1,0 +1,141 @@
+"""The run directory: claimed before anything is done, a journal while it runs, the results at its end.
+
+run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorakit.adapter import Adapter
+from lorakit.errors import FitError, MissingExtraError, UsageError
+from lorakit.files import write_json, write_text
+from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
+from lorakit.fit.curve import draw_curve
+from lorakit.fit.learner import Learner
+from lorakit.fit.loop import Record, State
+from lorakit.plan import Plan
+from lorakit.tasks.task import Task
+
+
+def claim(place: Path, resume: bool, overwrite: bool) -> None:
+    """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet."""
+    if resume and overwrite:
+        raise UsageError("resume goes on with a run and overwrite begins it anew; give one of them")
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"'{place}' is a file; name a directory for the run")
+    if resume and not (place / "checkpoint").is_dir():
+        state = (
+            "does not exist"
+            if not place.is_dir()
+            else "holds a finished run"
+            if _is_done(place)
+            else "has no checkpoint"
+        )
+        raise UsageError(f"'{place}' {state}; there is nothing to resume")
+    if place.is_dir() and any(place.iterdir()) and not resume:
+        if not overwrite:
+            raise UsageError(
+                f"'{place}' is not empty; go on with --resume, replace it with --overwrite, or name another directory"
+            )
+        if not (_is_done(place) or (place / "checkpoint").exists() or (place / "records.jsonl").exists()):
+            raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
+    host = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not host.is_dir() or not os.access(host, os.W_OK):
+        raise UsageError(f"cannot write into '{place}': '{host}' is {'not writable' if host.is_dir() else 'a file'}")
+
+
+def _is_done(place: Path) -> bool:
+    return (place / "summary.json").exists()
+
+
+def clear(place: Path) -> None:
+    """Makes the run directory, or empties it of the run that is to be replaced."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
+    for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
+        (place / name).unlink(missing_ok=True)
+    for file in place.glob("prefix_*.bin"):  # of a run that was killed
+        file.unlink()
+    for name in ("checkpoint", "adapter"):
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
+class Journal:
+    """What happened in a run, as it happens: `records`, in a file too where the run has a directory, and checkpoints.
+
+    With `resume` it begins with what the run was when it was interrupted (`state`). Of several processes one writes.
+    """
+
+    def __init__(
+        self, learner: Learner, place: Path | None, resume: bool, identity: dict[str, Any], settled: dict[str, Any]
+    ) -> None:
+        self.state, self.records = State(settled=settled), list[dict[str, Any]]()
+        self._learner, self._identity = learner, identity
+        self._place = place if learner.workers.first else None
+        self._stream: TextIO | None = None
+        if place is not None and resume:
+            self.state = load_checkpoint(place / "checkpoint", learner, identity)
+            self.records = _read_records(place / "records.jsonl", self.state.step, self.state.epoch)
+
+    def __enter__(self) -> "Journal":
+        if self._place is not None:
+            file = self._place / "records.jsonl"
+            write_text(file, "".join(json.dumps(record) + "\n" for record in self.records))
+            self._stream = file.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def add(self, record: Record) -> None:
+        """Keeps a record, and a checkpoint when one is due. FitError if the disk takes no more."""
+        line = {"kind": record.kind, "step": record.step, "epoch": record.epoch, **record.values}
+        self.records.append(line)
+        if self._stream is None or self._place is None:
+            return
+        every = self._learner.settings.checkpoint_steps
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            if record.kind == "valid" or (every and record.step % every == 0):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                save_checkpoint(self._place / "checkpoint", self._learner, self.state, self._identity)
+        except OSError as error:
+            told = f"cannot write into '{self._place}': {error.strerror or error}"
+            raise FitError(f"{told}; free some space and resume") from None
+
+
+def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
+    """The records up to the checkpoint; later ones will be made again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # cut short by the kill
+        if record["step"] > step or (record["kind"] == "valid" and record["epoch"] > epoch):
+            break
+        records.append(record)
+    return records
+
+
+def finish(
+    place: Path, goal: Task, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    """Writes what came out, and removes the checkpoint."""
+    plan.save(place / "plan.toml")
+    adapter.save(place / "adapter")
+    try:
+        draw_curve(records, place / "curve.png", goal.drawn)
+        summary["curve"] = "curve.png"
+    except MissingExtraError as error:
+        summary["curve"] = f"not drawn: {error}"
+    write_json(place / "summary.json", summary)
+    shutil.rmtree(place / "checkpoint", ignore_errors=True)
