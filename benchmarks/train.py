@@ -136,9 +136,9 @@ def prefix_race(bench: Bench, job: str, turns: int, rows: int) -> None:
 
 FEW = [FROZEN, FLOOR, "peft default", "peft bf16, grouped by length", FULL]  # the default, and the best of the settings
 JOB_SIDES = {  # others than lorakit; turns and steps, all and quick
-    "minilm rt_polarity": (list(SIDES)[1:], (9, 20), (3, 8)),
-    "llama 8x512 instructions": (FEW, (7, 8), (2, 4)),
-    "gpt2 12x768 e2e": (FEW, (5, 4), (2, 2)),
+    "minilm rt_polarity": (list(SIDES)[1:], (7, 12), (3, 8)),
+    "llama 8x512 instructions": (FEW, (5, 6), (2, 4)),
+    "gpt2 12x768 e2e": (FEW, (5, 3), (2, 2)),
 }
 
 
@@ -151,7 +151,7 @@ def main() -> None:
         if bench.quick and len(names) == len(FEW):
             names = [name for name in names if name not in (FLOOR, FULL)]
         race(bench, job, names, *(quick if bench.quick else full))
-    prefix_race(bench, "bert 12x384 rt_polarity", bench.rounds(5, 1), bench.rounds(1600, 320))
+    prefix_race(bench, "bert 12x384 rt_polarity", bench.rounds(3, 1), bench.rounds(1600, 320))
     bench.done()
 
 

@@ -21,9 +21,12 @@ from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task
 from lorakit.trunk import Trunk, lean, resolve_dtype
 from lorakit.trunk import trunk as trunk_module
+from lorakit.trunk.memory import keep_few_kernels
 from lorakit.trunk.packing import CannotPackError
 from sides.jobs import JOBS, Row, base
 from sides.worker import Score, Steps, serve
+
+keep_few_kernels()  # before anything is multiplied here, as in a fit
 
 
 def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]:
