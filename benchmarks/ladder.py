@@ -47,9 +47,9 @@ def climb(bench: Bench, job: str, turns: int, steps: int) -> None:
 def main() -> None:
     """All jobs."""
     bench = Bench(__doc__ or "")
-    climb(bench, "minilm rt_polarity", bench.rounds(9, 3), bench.rounds(20, 6))
+    climb(bench, "minilm rt_polarity", bench.rounds(5, 3), bench.rounds(12, 6))
     if not bench.quick:
-        climb(bench, "llama 8x512 instructions", 5, 8)
+        climb(bench, "llama 8x512 instructions", 3, 4)
     bench.done()
 
 
