@@ -39,8 +39,8 @@ quickstart: $(VENV)/.user
 test: lint types unit lean
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -57,13 +57,13 @@ lean: $(VENV)/.dev
 	$(LEAN)/bin/python tests/lean_check.py
 
 check-fast: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples docs
+	$(BIN)/ruff format src tests benchmarks examples docs
 
 bench: $(VENV)/.dev
 	for script in benchmarks/[a-z]*.py; do $(OFFLINE) $(BIN)/python $$script --quick || exit 1; done
