@@ -46,9 +46,9 @@ def compare(bench: Bench, job: str, seeds: range, most: int) -> None:
 def main() -> None:
     """All jobs."""
     bench = Bench(__doc__ or "")
-    compare(bench, "minilm rt_polarity", range(3), bench.rounds(150, 60))
+    compare(bench, "minilm rt_polarity", range(3), bench.rounds(100, 60))
     if not bench.quick:
-        compare(bench, "llama 8x512 instructions", range(3), 60)
+        compare(bench, "llama 8x512 instructions", range(3), 40)
     bench.done()
 
 

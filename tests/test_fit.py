@@ -359,3 +359,23 @@ def test_a_base_that_is_consumed_gives_the_same_run_and_keeps_half_precision(pla
     assert one.summary["base_bytes"] == other.summary["base_bytes"]
     assert {p.dtype for p in kept.model.parameters()} == {torch.float32}
     assert {p.dtype for p in consumed.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_base_whose_files_are_broken_or_incomplete_is_refused(place):
+    tiny_bert(place / "broken")
+    config = json.loads((place / "broken" / "config.json").read_text())
+    (place / "broken" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(LorakitError, match=r"lack \d+ weights of a BertModel.*random numbers"):
+        load_base(str(place / "broken"))
+    (place / "broken" / "config.json").write_text(json.dumps({**config, "hidden_size": config["hidden_size"] * 2}))
+    with pytest.raises(LorakitError, match="cannot load the base"):
+        load_base(str(place / "broken"))
+    (place / "broken" / "config.json").write_text(json.dumps(config))
+    (place / "broken" / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(LorakitError, match="cannot load the base"):
+        load_base(str(place / "broken"))
+
+
+def test_a_seed_must_be_one():
+    with pytest.raises(UsageError, match="seed is 9223372036854775808; it must be 0 to 2147483647"):
+        make_settings({"seed": 2**63})

@@ -9,7 +9,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.data import load_splits
-from lorakit.errors import FitError
+from lorakit.errors import NotFiniteError
 from lorakit.fit import run as fit_run
 from lorakit.fit import settle
 from lorakit.fit.rate import default_rate, pick
@@ -142,7 +142,7 @@ def test_a_larger_scale_is_given_a_lower_rate(base, data):
 def test_where_no_rate_lowers_the_loss_the_rule_decides_and_says_so(base, data, monkeypatch):
     def stuck(learner, tokens, indices, rate):
         if rate > 1e-2:
-            raise FitError("the loss is nan")
+            raise NotFiniteError("the loss is nan")
         return SimpleNamespace(loss=1.0)
 
     def settled(learner, *rest):

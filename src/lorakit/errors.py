@@ -9,7 +9,8 @@ LorakitError
 │   └── NoEffectError     an attached update never ran
 ├── DataError             training or prediction data that cannot be used
 ├── FitError              training that cannot go on (diverged, nothing to train, not resumable)
-│   └── StoppedError       stopped by the user (exit code 130)
+│   ├── NotFiniteError    the loss or its gradient is infinite or none at all
+│   └── StoppedError      stopped by the user (exit code 130)
 └── MissingExtraError     an optional library is not installed (also an ImportError)
 
 A message states the fact, the place, the numbers and the way out, in one sentence where it fits in one.
@@ -53,6 +54,10 @@ class DataError(LorakitError, ValueError):
 
 class FitError(LorakitError, RuntimeError):
     """Training that cannot go on."""
+
+
+class NotFiniteError(FitError):
+    """A loss or a gradient that is infinite or no number."""
 
 
 class StoppedError(FitError):

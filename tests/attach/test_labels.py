@@ -47,6 +47,12 @@ def test_loss_and_gradient_are_those_of_cross_entropy(
         assert torch.equal(scores[:, 1].bool(), logits.argmax(1) == labels)
 
 
+def test_of_equal_logits_the_first_is_the_answer(way: str) -> None:
+    labels = torch.tensor([0, 3, 39])
+    found = kernel.label_scores(torch.ones(3, 8), torch.ones(40, 8), labels)[:, 1]
+    assert found.tolist() == [1, 0, 0]
+
+
 def test_a_head_that_learns_gets_its_gradient(way: str) -> None:
     hidden, weight, labels, _ = tensors(40, 8, 20, torch.float32)
     weight.requires_grad_()

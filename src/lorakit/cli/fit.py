@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> Reply:
         kept = (out / "checkpoint").is_dir()
         way = "the same command with --resume goes on from its checkpoint" if kept else "no checkpoint was written yet"
         raise StoppedError(f"interrupted; {way} ('{out}')") from None
+    if not speaks():
+        return Reply("", {})
     return Reply(_report(task, result.summary, args.out), {**result.summary, "out": args.out})
 
 
@@ -208,8 +210,13 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
             else []
         ),
         ("memory", f"peak {size(memory['peak_bytes'])}, estimated {size(memory['estimated_bytes'])}"),
-        *([("frozen prefix", summary["prefix"])] if not summary["prefix"].startswith("off") else []),
+        *(
+            [("frozen prefix", summary["prefix"])]
+            if not summary["prefix"].startswith("off") or "room" in summary["prefix"]
+            else []
+        ),
         *([("padded", summary["padded"])] if summary["padded"] else []),
+        *([("slower", f"without our C functions: {summary['uncompiled']}")] if summary["uncompiled"] else []),
         ("kept", f"{kept}{'; stopped early, no better one came' if summary['stopped_early'] else ''}"),
         *task.told(summary),
         ("run directory", out),

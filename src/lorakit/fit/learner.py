@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
 from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches
-from lorakit.errors import FitError, NoEffectError
+from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
 from lorakit.tasks.task import Task
@@ -64,7 +64,7 @@ class Learner:
     def gradients(self, tokens: Tokens, indices: Sequence[int]) -> tuple[float, int]:
         """Mean loss and number of tokens of the texts at these places, and the loss's gradient in `flat`.
 
-        FitError if the loss is not finite.
+        NotFiniteError if the loss is not finite.
         """
         n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
         own = self.workers.share(indices, [len(tokens.ids[i]) for i in indices], bool(self.prefixes))
@@ -81,15 +81,15 @@ class Learner:
         self.workers.add(self.flat.gradients)
         total, n_tokens = float(seen[0]), int(seen[1])
         if not math.isfinite(total):
-            raise FitError(f"the loss is {total} {self._where(tokens, indices)}")
+            raise NotFiniteError(f"the loss is {total} {self._where(tokens, indices)}")
         return total, n_tokens
 
     def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
-        """One step on the texts at these places. FitError, before anything is changed, if the loss is not finite."""
+        """One step on the texts at these places. NotFiniteError, before anything is changed, if the loss is not."""
         total, n_tokens = self.gradients(tokens, indices)
         norm = float(self.flat.clip(self.settings.clip))
         if not math.isfinite(norm):
-            raise FitError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")
+            raise NotFiniteError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")
         for group, faster in zip(self.optimizer.param_groups, self.faster):
             group["lr"] = rate * faster
         self.optimizer.step()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.data.batches import Tokens, training_batches
-from lorakit.errors import FitError
+from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
 
@@ -61,8 +61,8 @@ def total_steps(n_rows: int, settings: Settings) -> int:
 def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iterator[Record]:
     """Trains from `state` on, yielding a record for every step and every evaluation; `state` moves along.
 
-    Raises NoEffectError if an update never ran in the first step or got no gradient, FitError if the loss is not
-    finite.
+    Raises NoEffectError if an update never ran in the first step or got no gradient, NotFiniteError if the loss
+    is not finite.
     """
     settings = learner.settings
     total = total_steps(len(tokens), settings)
@@ -76,8 +76,8 @@ def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iter
             rate = learning_rate(settings, state.step, total)
             try:
                 done = learner.step(tokens, indices, rate)
-            except FitError as error:
-                raise FitError(
+            except NotFiniteError as error:
+                raise NotFiniteError(
                     f"{error} at step {state.step + 1}; lower the learning rate (now {settings.rate:g}) or "
                     "look for broken rows there; nothing was changed by that batch"
                 ) from None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lorakit.data.batches import Tokens, training_batches
-from lorakit.errors import FitError
+from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
 from lorakit.method import METHODS
@@ -100,7 +100,7 @@ def range_test(learner: Learner, tokens: Tokens, low: float, high: float, n_step
             curve.append((rate, learner.step(tokens, batches[k % len(batches)], rate).loss))
             if _broken(curve) is not None:
                 break
-    except FitError:  # not finite: too high by far
+    except NotFiniteError:  # too high by far
         pass
     finally:
         learner.restore(before)

@@ -17,6 +17,7 @@ from torch import nn
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
+from lorakit.attach.kernels.native import reason
 from lorakit.data import Splits, load_splits
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
@@ -149,6 +150,7 @@ def fit(
         "base_bytes": base_bytes,
         "dtype": chosen.dtype,
         "padded": trunk.why_padded,
+        "uncompiled": reason(),
         "prefix": kept,
         "settled": settled,
         "memory": memory,

@@ -70,6 +70,7 @@ class Settings:
                 ("warmup", 0 <= self.warmup < 1, "a share from 0 to 1"),
                 ("weight_decay", self.weight_decay >= 0, "0 or more"),
                 ("clip", self.clip > 0, "above 0"),
+                ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
                 ("patience", self.patience >= 1, "at least 1"),
                 ("max_steps", self.max_steps >= 0, "0 (no bound) or more"),
                 ("checkpoint_steps", self.checkpoint_steps >= 0, "0 or more"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lorakit.data.batches import Tokens, passes, training_batches
-from lorakit.errors import FitError
+from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
 
@@ -73,7 +73,7 @@ def choose_threads(learner: Learner, tokens: Tokens) -> int:
         if whole < _SHORT_S:
             return usual
         return race(timed, candidates(most, usual), max(_TRIAL_S, _TRIAL_SHARE * whole))
-    except FitError:
+    except NotFiniteError:
         return usual  # the loop meets it in the first step, and says in which row
     finally:
         learner.flat.clear()

@@ -85,6 +85,6 @@ class Workers:
             what(*given)
         except RuntimeError as error:  # also DistBackendError
             raise FitError(
-                f"process {self.number} of {self.size} has lost another one ({str(error).splitlines()[0]}); the last "
-                "checkpoint is whole, if there is one, and the same command with --resume goes on from it"
-            ) from None
+                f"process {self.number} of {self.size} has lost another one; the last checkpoint is whole, if there is "
+                "one, and the same command with --resume goes on from it"
+            ) from error

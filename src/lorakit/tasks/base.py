@@ -76,7 +76,9 @@ def load_base(
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         config = transformers.AutoConfig.from_pretrained(place)
         model = _load(_auto(transformers, config, head), place, name, strict=head != "none")
-    except (OSError, ValueError, KeyError) as error:
+    except LorakitError:
+        raise
+    except Exception as error:  # broken files raise what their readers please
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LorakitError(f"cannot load the base '{name}': {reason}") from None
     finally:
@@ -99,9 +101,14 @@ def _auto(transformers: Any, config: Any, head: str) -> Any:
 
 
 def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
-    """The model; if `strict`, LorakitError where weights were not in its files and would be random numbers."""
+    """The model. LorakitError where weights were not in its files and would be random; a lax load may lack a pooler."""
     model, info = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
+    if not strict and any(not name.startswith("pooler.") for name in missing):
+        raise LorakitError(
+            f"the files of '{name}' lack {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}', "
+            "which would be random numbers; its config.json does not fit its weights, or a file is missing"
+        )
     if strict and missing:
         raise LorakitError(
             f"the files of '{name}' lack {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}', so "

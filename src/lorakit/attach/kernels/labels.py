@@ -74,7 +74,7 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _chunk(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss of each row, and whether its label is the largest; `logits` become their gradient if asked for."""
+    """Loss of each row, and whether its label is the first largest; `logits` become their gradient if asked for."""
     if logits.device.type != "cpu" or logits.dtype not in _KNOWN or library() is None:
         return _chunk_by_torch(logits, labels, gradient=gradient)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
@@ -96,10 +96,10 @@ def _chunk(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, T
 def _chunk_by_torch(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
     wide = logits.float()
     own = wide.gather(1, labels[:, None])
-    right = (own == wide.amax(1, keepdim=True)).float()
+    right = (wide.argmax(1) == labels).float()
     shift = wide.logsumexp(1, keepdim=True)
     if gradient:
         soft = (wide - shift).exp_()
         soft.scatter_add_(1, labels[:, None], torch.full_like(own, -1.0))
         logits.copy_(soft)
-    return (shift - own)[:, 0], right[:, 0]
+    return (shift - own)[:, 0], right

@@ -13,7 +13,7 @@ static inline float row_one(const void *row, int64_t j, int half) {
     return half ? widened(((const uint16_t *)row)[j]) : ((const float *)row)[j];
 }
 
-/* loss[i] = log sum exp(row i) - row i[label], right[i] = 1 where the label has the largest logit. `stride` from row to
+/* loss[i] = log sum exp(row i) - row i[label], right[i] = 1 where the label has the first largest logit. `stride` from row to
  * row. With `gradient`, softmax - onehot is written over the row. */
 void labels_loss(void *logits, int64_t rows, int64_t n, int64_t stride, const int64_t *labels, float *loss,
                  float *right, int gradient, int half) {
@@ -40,7 +40,9 @@ void labels_loss(void *logits, int64_t rows, int64_t n, int64_t stride, const in
         for (; j < n; j++) sum += expf(row_one(row, j, half) - top);
         float own = row_one(row, label, half), shift = top + logf(sum);
         loss[i] = shift - own;
-        right[i] = own == top;
+        int first = own == top; /* of equal ones the first counts, as in torch's argmax */
+        for (j = 0; first && j < label; j++) first = row_one(row, j, half) != top;
+        right[i] = first;
         if (!gradient) continue;
         if (half) {
             uint16_t *to = row;
