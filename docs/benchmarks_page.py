@@ -46,15 +46,20 @@ def where(found: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; {libraries}.{kind}"
 
 
+def measured(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Every job, and the sides whose tokens per second were measured on it."""
+    sides: dict[str, list[str]] = {}
+    for name in found["facts"]:
+        if match := re.fullmatch(r"(.+) tokens/s, (.+)", name):
+            sides.setdefault(match[1], []).append(match[2])
+    return sides
+
+
 def training(found: dict[str, Any]) -> list[str]:
     """Speed and memory of every job against every peer."""
     facts = found["facts"]
-    sides: dict[str, list[str]] = {}
-    for name in facts:
-        if match := re.fullmatch(r"(.+) tokens/s, (.+)", name):
-            sides.setdefault(match[1], []).append(match[2])
     lines = ["## Training", "", where(found) + " benchmarks/train.py", ""]
-    for job, names in sides.items():
+    for job, names in measured(found).items():
         lines += [f"### {job}", ""]
         lines += table(
             ("", "real tokens/s", "lorakit is faster by", "peak MiB", "lorakit is smaller by"),
@@ -78,12 +83,8 @@ def training(found: dict[str, Any]) -> list[str]:
 
 def ladder(found: dict[str, Any]) -> list[str]:
     """What each trick adds."""
-    rungs: dict[str, list[str]] = {}
-    for name in found["facts"]:
-        if match := re.fullmatch(r"(.+) tokens/s, (.+)", name):
-            rungs.setdefault(match[1], []).append(match[2])
     lines = ["## The ladder: what each trick adds", "", where(found) + " benchmarks/ladder.py", ""]
-    for job, names in rungs.items():
+    for job, names in measured(found).items():
         lines += [f"### {job}, rung by rung", ""]
         lines += table(
             ("", "real tokens/s", "over the rung before"),

@@ -10,30 +10,12 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.data import load_splits
 from lorakit.errors import FitError
 from lorakit.fit import budget as budget_module
 from lorakit.fit.budget import Line, _peak
-from lorakit.tasks.base import load_base
-from tiny_text import table, tiny_bert
+from tiny_text import small_task
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("budget")
-    tiny_bert(folder / "base", max_length=64)
-    table(folder / "data.csv", 120)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(place):
-    return load_base(str(place / "base"))
-
-
-@pytest.fixture(scope="module")
-def data(place):
-    return load_splits(place / "data.csv")
+place, base, data = small_task(120, max_length=64)
 
 
 QUICK = {"epochs": 1, "batch_size": 32, "learning_rate": 5e-3, "dtype": "fp32"}

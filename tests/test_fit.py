@@ -13,30 +13,14 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.data import load_rows, load_splits
+from lorakit.data import load_rows
 from lorakit.errors import DataError, FitError, LorakitError, NoEffectError, PlanError, UsageError
 from lorakit.fit.loop import learning_rate
 from lorakit.fit.settings import Settings, make_settings
 from lorakit.tasks.base import load_base
-from tiny_text import table, tiny_bert
+from tiny_text import small_task, tiny_bert
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fit")
-    tiny_bert(folder / "base")
-    table(folder / "data.csv", 180)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(place):
-    return load_base(str(place / "base"))
-
-
-@pytest.fixture(scope="module")
-def data(place):
-    return load_splits(place / "data.csv")
+place, base, data = small_task(180)
 
 
 QUICK = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3}

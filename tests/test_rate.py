@@ -8,33 +8,15 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.data import load_splits
 from lorakit.errors import NotFiniteError
 from lorakit.fit import run as fit_run
 from lorakit.fit import settle
 from lorakit.fit.rate import default_rate, pick
-from lorakit.tasks.base import load_base
-from tiny_text import table, tiny_bert
+from tiny_text import small_task
 
 QUICK = {"epochs": 3, "batch_size": 8}
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rate")
-    tiny_bert(folder / "base")
-    table(folder / "data.csv", 180)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(place):
-    return load_base(str(place / "base"))
-
-
-@pytest.fixture(scope="module")
-def data(place):
-    return load_splits(place / "data.csv")
+place, base, data = small_task(180)
 
 
 def rule(width=384, trained=("classifier",), **how):

@@ -9,33 +9,15 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.data import load_splits
 from lorakit.errors import FitError
 from lorakit.fit import run as fit_run
 from lorakit.fit import settle, threads
 from lorakit.fit.threads import candidates, choose_threads, contenders, fastest, processors, race
-from lorakit.tasks.base import load_base
-from tiny_text import table, tiny_bert
+from tiny_text import small_task
 
 QUICK = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("threads")
-    tiny_bert(folder / "base")
-    table(folder / "data.csv", 90)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(place):
-    return load_base(str(place / "base"))
-
-
-@pytest.fixture(scope="module")
-def data(place):
-    return load_splits(place / "data.csv")
+place, base, data = small_task(90)
 
 
 @pytest.fixture

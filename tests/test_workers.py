@@ -16,18 +16,12 @@ import torch
 
 import lorakit as lk
 from lorakit.fit.workers import Workers
-from tiny_text import table, tiny_bert
+from tiny_text import small_task
 
 FIT = ["-m", "lorakit", "fit", "base", "data.csv", "--epochs", "6", "--batch-size", "7", "--learning-rate", "0.003"]
 FIT += ["--dtype", "fp32", "--checkpoint-steps", "4", "--threads", "1"]
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers")
-    tiny_bert(folder / "base")
-    table(folder / "data.csv", 180)
-    return folder
+place, _, _ = small_task(180)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

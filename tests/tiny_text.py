@@ -1,10 +1,15 @@
 """A tiny BERT with a tokenizer of its own, written as a Transformers directory; and small tables to learn from."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from lorakit.data import load_splits
+from lorakit.tasks.base import load_base
 
 WORDS = {
     "weather": ["rain", "sun", "cloud", "storm", "snow", "wind", "fog", "hail", "frost", "heat"],
@@ -66,3 +71,24 @@ def table(path: Path, n_rows: int = 90, seed: int = 0) -> Path:
         lines.append(f"i like {' and '.join(words)},{label}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def small_task(n_rows: int, max_length: int = 24) -> tuple[Any, Any, Any]:
+    """Fixtures for a module: `place`, a directory with base/ and data.csv; the loaded `base`; the split `data`."""
+
+    @pytest.fixture(scope="module")
+    def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("task")
+        tiny_bert(folder / "base", max_length=max_length)
+        table(folder / "data.csv", n_rows)
+        return folder
+
+    @pytest.fixture(scope="module")
+    def base(place: Path) -> Any:
+        return load_base(str(place / "base"))
+
+    @pytest.fixture(scope="module")
+    def data(place: Path) -> Any:
+        return load_splits(place / "data.csv")
+
+    return place, base, data

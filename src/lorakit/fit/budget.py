@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit.data.batches import Batch, Tokens, gather, passes, training_batches
+from lorakit.data.batches import Batch, Tokens, gather, passes
 from lorakit.errors import FitError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import TOKENS_PER_PASS
@@ -86,8 +86,7 @@ class Budget:
 
     def __init__(self, learner: Learner, parts: Mapping[str, Tokens]) -> None:
         self.tokens, self.padded = parts["train"], bool(learner.trunk.why_padded)
-        settings = learner.settings
-        self._steps = training_batches(self.tokens, settings.batch_size, settings.seed, 0, self.padded)
+        self._steps = learner.batches(self.tokens)
         self._others = [tokens for name, tokens in parts.items() if name != "train"]
         flat = learner.flat.values.nbytes
         average = 0 if learner.ema is None else flat

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
-from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches
+from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches, training_batches
 from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
@@ -60,6 +60,11 @@ class Learner:
     def _in_place(self, on: bool) -> None:
         if self.trunk.groups is not None:
             self.trunk.groups.gradients_in_place(on)
+
+    def batches(self, tokens: Tokens, epoch: int = 0) -> list[tuple[int, ...]]:
+        """Places of every batch of one epoch, in their order; by length where rows are padded."""
+        settings = self.settings
+        return training_batches(tokens, settings.batch_size, settings.seed, epoch, bool(self.trunk.why_padded))
 
     def gradients(self, tokens: Tokens, indices: Sequence[int]) -> tuple[float, int]:
         """Mean loss and number of tokens of the texts at these places, and the loss's gradient in `flat`.

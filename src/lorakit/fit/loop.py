@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.data.batches import Tokens, training_batches
+from lorakit.data.batches import Tokens
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
@@ -66,11 +66,10 @@ def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iter
     """
     settings = learner.settings
     total = total_steps(len(tokens), settings)
-    by_length = bool(learner.trunk.why_padded)
     if state.step == 0:
-        learner.probe(tokens, training_batches(tokens, settings.batch_size, settings.seed, 0, by_length)[0])
+        learner.probe(tokens, learner.batches(tokens)[0])
     while state.epoch < settings.epochs and state.step < total:
-        batches = training_batches(tokens, settings.batch_size, settings.seed, state.epoch, by_length)
+        batches = learner.batches(tokens, state.epoch)
         for indices in batches[state.batch :]:
             began = time.perf_counter()
             rate = learning_rate(settings, state.step, total)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lorakit.data.batches import Tokens, training_batches
+from lorakit.data.batches import Tokens
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
@@ -89,9 +89,7 @@ def range_test(learner: Learner, tokens: Tokens, low: float, high: float, n_step
 
     Ends early where the loss has risen again.
     """
-    settings = learner.settings
-    by_length = bool(learner.trunk.why_padded)
-    batches = training_batches(tokens, settings.batch_size, settings.seed, 0, by_length)[:_CYCLE]
+    batches = learner.batches(tokens)[:_CYCLE]
     before = {name: tensor.clone() for name, tensor in learner.memory().items()}
     curve: list[tuple[float, float]] = []
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.data.batches import Tokens, passes, training_batches
+from lorakit.data.batches import Tokens, passes
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
@@ -57,7 +57,7 @@ def choose_threads(learner: Learner, tokens: Tokens) -> int:
     if learner.workers.size > 1:  # their passes wait for each other, so that each would time all
         return usual
     settings = learner.settings
-    batch = training_batches(tokens, settings.batch_size, settings.seed, 0, bool(learner.trunk.why_padded))[0]
+    batch = learner.batches(tokens)[0]
     part = passes(tokens, batch, settings.most_tokens)[-1]
 
     def timed(count: int) -> float:
