@@ -92,6 +92,18 @@ def _bytes_of_a_token(memory, base, data):
     return added / (QUICK["batch_size"] * sum(tokens) / len(tokens))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit and the count of addresses are Linux's; runs there")
+def test_a_limit_of_the_process_counts_as_what_is_free():
+    script = (
+        "import resource, sys, torch; from lorakit.trunk.memory import available_memory\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + (50 << 20),) * 2)\n"
+        "print(available_memory())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 40 << 20 < int(done.stdout) <= 50 << 20
+
+
 def test_a_text_that_does_not_fit_is_refused_before_anything_is_trained(base, data, monkeypatch):
     texts = ("i like rain " * 20, *data.train.texts[1:])
     long = replace(data, train=replace(data.train, texts=texts))

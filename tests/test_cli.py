@@ -243,6 +243,15 @@ def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
     assert (code, err) == (130, "lorakit: interrupted\n")
 
 
+def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(import_module("lorakit.cli.doctor"), "run", lambda _: torch.empty(1 << 50))
+    code, _, err = told(capsys, "doctor")
+    assert code == 1
+    assert err.startswith("lorakit: memory ran out: 4,294,967,296 MiB more were asked for; ")
+
+
 def test_help_does_not_import_torch_and_is_quick():
     script = "import sys; from lorakit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

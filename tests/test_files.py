@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.files import (
@@ -271,3 +272,16 @@ def test_two_directories_change_places_in_one_step_where_the_system_can(tmp_path
     assert done == (sys.platform == "linux")
     assert (old / "name").read_text() == ("new" if done else "old")
     assert not import_module("lorakit.files")._exchange(tmp_path / "absent", old)
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    tensors = {"b": torch.ones(3, 2), "a": torch.zeros(5), "ö": torch.arange(4)}
+    notes = {f"note {k}": 'a "word" \n ö' * k for k in range(6)}
+    found = set()
+    for k in range(8):
+        write_tensors(tmp_path / f"{k}.safetensors", tensors, notes)
+        found.add((tmp_path / f"{k}.safetensors").read_bytes())
+    assert len(found) == 1
+    assert all(torch.equal(read, tensors[name]) for name, read in read_tensors(tmp_path / "0.safetensors").items())
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **notes}

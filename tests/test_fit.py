@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -272,16 +271,81 @@ def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
     assert one == two
 
 
-@pytest.mark.slow
-def test_resuming_with_other_settings_is_refused(place, base, data):
-    killed = start(place, place / "changed", "slow")
-    deadline = time.monotonic() + 60
-    while not (place / "changed" / "checkpoint").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.kill()
-    killed.communicate()
-    with pytest.raises(FitError, match=r"learning_rate was 0\.01, now 0\.005"):
-        lk.fit(base, data, out=place / "changed", resume=True, epochs=6, batch_size=8, learning_rate=5e-3)
+class HaltError(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(base, data, tmp_path):
+    """A run that was interrupted after its second epoch."""
+
+    def watch(record, _):
+        if record.kind == "valid" and record.epoch == 1:
+            raise HaltError
+
+    out = tmp_path / "stopped"
+    with pytest.raises(HaltError):
+        lk.fit(base, data, out=out, watch=watch, threads=1, **QUICK)
+    return out
+
+
+def test_resuming_another_run_is_refused_in_words(base, data, stopped):
+    other_plan = lk.plan(base.model, blocks="last 1")
+    other_rows = replace(data, train=replace(data.train, texts=tuple(reversed(data.train.texts))))
+    for change, words in (
+        ({"learning_rate": 1e-3}, r"learning_rate was 0\.005, now 0\.001;"),
+        ({"plan": other_plan}, "the plan was Plan(12 layers, lora, rank 8 x 12.*now Plan(6 layers, .*; call as before"),
+        ({"data": other_rows}, "one that was interrupted: the training rows are others; call as before"),
+    ):
+        call = {"data": data, **QUICK, **change}
+        with pytest.raises(FitError, match=words.replace("(", r"\(")):
+            lk.fit(base, call.pop("data"), out=stopped, resume=True, **call)
+    weight = base.model.encoder.layer[0].output.dense.weight.data
+    before = weight.clone()
+    weight.mul_(2)
+    try:
+        with pytest.raises(FitError, match="interrupted: the base has other weights; call as before"):
+            lk.fit(base, data, out=stopped, resume=True, **QUICK)
+    finally:
+        weight.copy_(before)
+
+
+def test_a_resumed_run_may_take_other_threads_and_passes_and_tells_what_was_lost(base, data, stopped):
+    lines = (stopped / "records.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 19
+    (stopped / "records.jsonl").write_text("".join(lines[:10]))
+    result = lk.fit(base, data, out=stopped, resume=True, threads=2, tokens_per_pass=64, **QUICK)
+    assert result.summary["threads"] == 2
+    assert result.summary["memory"]["tokens_per_pass"] == 64
+    assert result.summary["settled"].keys() == {"tokens_per_pass"}  # of the first call
+    told = "records.jsonl lacked 8 steps before the checkpoint, so they are not in the curve"
+    assert result.summary["notes"] == [told]
+
+
+def test_a_loss_that_rises_and_too_many_threads_are_noted(base, data):
+    found = lk.fit(base, data, **{**QUICK, "epochs": 3, "learning_rate": 1.0}).summary["notes"]
+    assert len(found) == 1
+    assert "the training loss rose from" in found[0]
+    assert "learning rate 1 may be too high" in found[0]
+    assert lk.fit(base, data, **{**QUICK, "epochs": 3}).summary["notes"] == []
+    found = lk.fit(base, data, **{**QUICK, "epochs": 1, "threads": 64}).summary["notes"]
+    assert len(found) == 1
+    assert found[0].startswith("64 threads share")
+
+
+def test_what_is_no_base_no_data_or_no_setting_is_refused(base, data):
+    for model, rows, words in (
+        (3, data, "the model is 3; give the name"),
+        (base.model, data, "takes a Base, not a bare BertModel"),
+        (base, None, "the data is NoneType None; give a file"),
+        (base, [{"text": "a", "label": "b"}], r"the data is list \[.*; give a file"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            lk.fit(model, rows, **QUICK)
+    with pytest.raises(UsageError, match=r"unknown setting 'lr'; it is called 'learning_rate'"):
+        lk.fit(base, data, lr=0.1)
+    with pytest.raises(UsageError, match=r"unknown setting 'rank'; it belongs to the plan: plan=lorakit\.plan"):
+        lk.fit(base, data, rank=4)
 
 
 def test_rows_can_come_from_parquet(place, base):
@@ -358,6 +422,19 @@ def test_a_base_whose_files_are_broken_or_incomplete_is_refused(place):
     (place / "broken" / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(LorakitError, match="cannot load the base"):
         load_base(str(place / "broken"))
+
+
+def test_a_base_that_cannot_read_or_write_is_refused(place):
+    blank = place / "blank"
+    blank.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (blank / name).write_bytes((place / "base" / name).read_bytes())
+    with pytest.raises(LorakitError, match="the tokenizer of '.*blank' knows no word: its files"):
+        load_base(str(blank))
+    with pytest.raises(LorakitError, match="is a bert model, which does not write text"):
+        load_base(str(place / "base"), head="causal")
+    with pytest.raises(LorakitError, match="cannot load the base 'no/such': .* check the name and the connection"):
+        load_base("no/such")
 
 
 def test_a_seed_must_be_one():

@@ -270,8 +270,12 @@ def test_texts_longer_than_the_model_are_refused_unless_cut(place, data):
 
 def test_bases_that_cannot_write_are_refused(place, data):
     tiny_bert(place / "bert")
-    with pytest.raises(LorakitError, match=r"lack \d+ weights of a BertLMHeadModel.*whole language model"):
+    with pytest.raises(LorakitError, match="is a bert model, which does not write text from left to right"):
         lk.fit(str(place / "bert"), data, "generate", **BRIEF)
+    load_base(str(place / "llama")).model.save_pretrained(place / "trunk")
+    tokenizer().save_pretrained(place / "trunk")
+    with pytest.raises(LorakitError, match=r"lack \d+ weights of a LlamaForCausalLM.*whole language model"):
+        lk.fit(str(place / "trunk"), data, "generate", **BRIEF)
     encoder = tf.BertLMHeadModel(
         tf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=44)
     )

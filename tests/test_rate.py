@@ -135,4 +135,4 @@ def test_where_no_rate_lowers_the_loss_the_rule_decides_and_says_so(base, data, 
     monkeypatch.setattr(fit_run, "settle", settled)
     found = lk.fit(base, data, learning_rate="auto", **QUICK).summary["settled"]
     assert found["learning_rate"] == lk.fit(base, data, **QUICK).summary["settled"]["learning_rate"]
-    assert "the loss fell at no rate that was tried" in found["notes"]["learning_rate"]["why"]
+    assert "no rate that was tried lowered the loss by 5%" in found["notes"]["learning_rate"]["why"]

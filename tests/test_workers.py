@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 import lorakit as lk
 from lorakit.fit.workers import Workers
+from tiny_chat import CHATML, chat_table, tiny_causal
 from tiny_text import small_task
 
 FIT = ["-m", "lorakit", "fit", "base", "data.csv", "--epochs", "6", "--batch-size", "7", "--learning-rate", "0.003"]
@@ -44,7 +45,7 @@ def test_one_process_needs_nobody() -> None:
         assert alone.first
 
 
-def begin(place: Path, out: str, *more: str, size: int = 2) -> list[subprocess.Popen[str]]:
+def begin(place: Path, out: str, *more: str, size: int = 2, words: Sequence[str] = FIT) -> list[subprocess.Popen[str]]:
     """The processes of a run, as torchrun would start them, but none is killed because another ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +54,7 @@ def begin(place: Path, out: str, *more: str, size: int = 2) -> list[subprocess.P
     shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     return [
         subprocess.Popen(
-            [sys.executable, *FIT, "--out", out, *more],
+            [sys.executable, *words, "--out", out, *more],
             cwd=place,
             env={**os.environ, **shared, "RANK": str(number)},
             stdout=subprocess.PIPE,
@@ -101,6 +102,20 @@ def test_two_processes_end_as_one_and_a_lost_one_costs_nothing(place: Path) -> N
         end(begin(place, out, "--resume"))
         assert lk.load(place / out / "adapter") == lk.load(place / "two" / "adapter")
         assert losses(place / out) == found
+
+
+@pytest.mark.slow
+def test_two_processes_learn_to_write_as_one_does(tmp_path: Path) -> None:
+    tiny_causal(tmp_path / "base", "llama", CHATML)
+    chat_table(tmp_path / "data.jsonl", 60)
+    words = ["-m", "lorakit", "fit", "base", "data.jsonl", "--task", "generate", "--epochs", "2", "--dtype", "fp32"]
+    end(begin(tmp_path, "one", size=1, words=words))
+    told = end(begin(tmp_path, "two", words=words))
+    assert "ends by itself" in told[0][0]
+    assert told[1] == ("", "")
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(found) == len(wanted) == 8
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-5
 
 
 def waited(until: Callable[[], bool]) -> None:

@@ -76,7 +76,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if tensor.data_ptr() in seen:
             ready[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    _write(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})}))
+
+    def put(temporary: Path) -> None:
+        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+        _order_metadata(temporary)
+
+    _write(path, put)
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order, which its writer leaves to chance: same values, same bytes."""
+    with path.open("rb+") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it is padded with spaces
+            stream.seek(8)
+            stream.write(text.ljust(size))
 
 
 def _link(source: str, target: str) -> None:

@@ -78,7 +78,7 @@ class Method(ABC):
         if plan.rank > spec.max_rank:
             return [
                 f"rank {plan.rank} exceeds the smaller side of '{spec.path}' ({o} x {i}); "
-                f"use rank <= {spec.max_rank} or clip_rank = true"
+                f"use rank <= {spec.max_rank} or clip_rank (--clip-rank)"
             ]
         return []
 

@@ -51,6 +51,8 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"plan takes a torch module, not {type(model).__name__}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise PlanError(f"rank is {rank!r}; use a whole number, 1 or more")
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
     ranks = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, rank)
@@ -137,8 +139,9 @@ def _blocks(blocks: str | Iterable[int] | None, specs: Sequence[LayerSpec]) -> s
         chosen = {int(part) for part in blocks.split(",") if part.strip()}
     else:
         raise PlanError(f'blocks {blocks!r} is not understood; use "0-3", "4-", "last 2" or "1,5"')
-    if not chosen & present:
-        raise PlanError(f"blocks {blocks!r}: the model has blocks 0 to {top}")
+    if not chosen or min(chosen) < 0 or max(chosen) > top:
+        has = f"blocks 0 to {top}" if present else "no blocks"
+        raise PlanError(f"blocks {blocks!r}: the model has {has}")
     return chosen
 
 

@@ -8,6 +8,7 @@ sentence that names the way out.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -99,3 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 130 if isinstance(error, StoppedError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        told = f": {int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else ""
+        print(f"lorakit: memory ran out{told}; free some, or take a smaller model or less at once", file=sys.stderr)
+        return 1

@@ -219,6 +219,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
         *([("slower", f"without our C functions: {summary['uncompiled']}")] if summary["uncompiled"] else []),
         ("kept", f"{kept}{'; stopped early, no better one came' if summary['stopped_early'] else ''}"),
         *task.told(summary),
+        *(("note", note) for note in summary["notes"]),
         ("run directory", out),
         ("next", f"{program} predict {out} --say '{task.try_it}'  |  {program} inspect {out}"),
     ]

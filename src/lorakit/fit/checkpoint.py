@@ -7,6 +7,9 @@ from lorakit.errors import FitError
 from lorakit.files import read_json, read_tensors, replaced_directory, write_json, write_tensors
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import State
+from lorakit.plan import Plan
+
+_FREE = ("threads", "tokens_per_pass")  # settings that a resumed run may have otherwise
 
 
 def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[str, Any]) -> None:
@@ -22,6 +25,7 @@ def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[s
         "seconds": state.seconds,
         "settled": state.settled,
         "best": state.best,
+        "best_epoch": state.best_epoch,
     }
     with replaced_directory(path) as work:
         write_tensors(work / "state.safetensors", tensors)
@@ -31,14 +35,11 @@ def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[s
 def load_checkpoint(path: Path, learner: Learner, identity: dict[str, Any]) -> State:
     """Puts a run back where it stood. FitError if the checkpoint is of another run, naming what differs."""
     saved = read_json(path / "state.json")
-    before, now = _flat(saved["identity"]), _flat(identity)
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        told = [f"{key} was {before.get(key)}, now {now[key]}" for key in differing if "\n" not in str(now[key])]
-        told += [f"the {key} differs" for key in differing if "\n" in str(now[key])]
+    told = _differences(saved["identity"], identity)
+    if told:
         raise FitError(
             f"cannot resume '{path.parent}', because the call differs from the one that was interrupted: "
-            f"{'; '.join(told)}; call with the same settings, or start again in another directory"
+            f"{'; '.join(told)}; call as before, or start again in another directory"
         )
     tensors = read_tensors(path / "state.safetensors")
     learner.restore(tensors)
@@ -51,6 +52,20 @@ def settled_before(path: Path) -> dict[str, Any]:
     return settled
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """Every setting under its own name."""
-    return {**identity.get("settings", {}), **{key: value for key, value in identity.items() if key != "settings"}}
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two runs, in words. Settings that change no result are not compared."""
+    told = [
+        f"{name} was {before['settings'].get(name)}, now {value}"
+        for name, value in now["settings"].items()
+        if name not in _FREE and before["settings"].get(name) != value
+    ]
+    if before["plan"] != now["plan"]:
+        told.append(f"the plan was {Plan.parse(before['plan'])}, now {Plan.parse(now['plan'])}")
+    elif before["base"] != now["base"]:  # its hash is of the planned layers
+        told.append("the base has other weights")
+    parts = ("training", "validation", "test")
+    told += [f"the {part} rows are others" for part, a, b in zip(parts, before["data"], now["data"]) if a != b]
+    rest = (name for name in now if name not in ("settings", "plan", "base", "data"))
+    others = ((name, before.get(name), now[name]) for name in rest)
+    told += [f"{name} was {old!s:.60}, now {new!s:.60}" for name, old, new in others if old != new]
+    return told

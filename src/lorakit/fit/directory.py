@@ -68,7 +68,8 @@ def clear(place: Path) -> None:
 class Journal:
     """What happened in a run, as it happens: `records`, in a file too where the run has a directory, and checkpoints.
 
-    With `resume` it begins with what the run was when it was interrupted (`state`). Of several processes one writes.
+    With `resume` it begins with what the run was when it was interrupted (`state`); `lost` steps of it have no record
+    any more. Of several processes one writes.
     """
 
     def __init__(
@@ -78,9 +79,12 @@ class Journal:
         self._learner, self._identity = learner, identity
         self._place = place if learner.workers.first else None
         self._stream: TextIO | None = None
+        self.lost = 0
         if place is not None and resume:
             self.state = load_checkpoint(place / "checkpoint", learner, identity)
+            self.state.settled = settled
             self.records = _read_records(place / "records.jsonl", self.state.step, self.state.epoch)
+            self.lost = self.state.step - sum(record["kind"] == "step" for record in self.records)
 
     def __enter__(self) -> "Journal":
         if self._place is not None:

@@ -29,6 +29,7 @@ class State:
     seconds: float = 0.0
     settled: dict[str, Any] = field(default_factory=dict)  # settings that were left open (settle.py)
     best: dict[str, float] | None = None
+    best_epoch: int = 0
     best_values: Tensor | None = None
 
 
@@ -89,11 +90,11 @@ def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iter
             if state.step >= total:
                 break
         metrics = learner.evaluate(valid)
+        state.epoch += 1
         if learner.task.better(metrics, state.best):
-            state.best, state.stale, state.best_values = metrics, 0, learner.best()
+            state.best, state.best_epoch, state.stale, state.best_values = metrics, state.epoch, 0, learner.best()
         else:
             state.stale += 1
-        state.epoch += 1
         state.batch = 0
         yield Record("valid", state.step, state.epoch, metrics)
         if state.stale >= settings.patience:

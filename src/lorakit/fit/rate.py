@@ -80,7 +80,8 @@ def tried_rate(learner: Learner, tokens: Tokens, plan: Plan) -> Rate:
     curve = range_test(learner, tokens, usual.value / _BELOW, usual.value * _ABOVE, n_steps)
     found = pick(curve)
     if found is None:
-        return Rate(usual.value, f"{usual.why}, for the loss fell at no rate that was tried", tuple(curve))
+        why = f"{usual.why}, for no rate that was tried lowered the loss by {_FALL:.0%}"
+        return Rate(usual.value, why, tuple(curve))
     return Rate(float(f"{found[0]:.2g}"), found[1], tuple(curve))
 
 

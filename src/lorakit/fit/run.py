@@ -3,7 +3,6 @@
 The order of things is here; the run directory is in directory.py, a step in learner.py, the loop in loop.py.
 """
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,13 +18,15 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.attach.kernels.native import reason
 from lorakit.data import Splits, load_splits
+from lorakit.errors import UsageError
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
 from lorakit.fit.directory import Journal, claim, clear, finish
 from lorakit.fit.learner import Learner
-from lorakit.fit.loop import Record, State, total_steps, train
+from lorakit.fit.loop import Record, total_steps, train
 from lorakit.fit.settings import make_settings
 from lorakit.fit.settle import settle
+from lorakit.fit.summary import about, course, named, notes
 from lorakit.fit.threads import threads_put_back
 from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
@@ -58,7 +59,7 @@ class Result:
 
 @threads_put_back()
 def fit(
-    model: str | Base,
+    model: str | Path | Base,
     data: str | Path | Splits[Any],
     task: str = "classify",
     *,
@@ -82,6 +83,7 @@ def fit(
     the total number of steps; before the first with one of kind "start", whose values tell memory: `estimated_bytes`,
     `free_bytes`, `tokens_per_pass`.
     """
+    _refuse_other(model, data)
     kind: type[Task] = TASKS[task]
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
@@ -92,13 +94,13 @@ def fit(
     began = time.perf_counter()
     data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
     kind.refuse_other(data.train)
-    base = load_base(model, head=kind.output) if isinstance(model, str) else model
+    base = model if isinstance(model, Base) else load_base(str(model), head=kind.output)
     goal = kind.of(data, base)
     parts = {
         name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
-    net, keep = base.model, not (consume or isinstance(model, str))
+    net, keep = base.model, isinstance(model, Base) and not consume
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
     with workers, _adapted(net, goal, plan, chosen.seed) as entries:
         identity = {
@@ -106,7 +108,7 @@ def fit(
             "plan": entries.toml(),
             "base": base_fingerprint(net, entries.layers),
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
-            **_named(goal),
+            **named(goal),
         }
         trunk = Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=goal.head, keep=keep)
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
@@ -114,13 +116,8 @@ def fit(
                 clear(place)
             kept = learner.keep_prefix(parts, place)
             budget = Budget(learner, parts)
-            settled = workers.agreed(
-                settled_before(place / "checkpoint")
-                if place and resume
-                else settle(learner, parts["train"], entries, budget)
-            )
-            learner.settings = chosen.filled(settled)
-            torch.set_num_threads(learner.settings.threads)
+            earlier = settled_before(place / "checkpoint") if place and resume else None
+            settled = settle(learner, parts["train"], entries, budget, earlier)
             memory = budget.begin(learner)
             before = learner.evaluate(parts["test"])
             n_steps = total_steps(len(parts["train"]), chosen)
@@ -143,8 +140,8 @@ def fit(
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     spent = time.perf_counter() - began
     summary = {
-        **_about(base, goal, adapter, data),
-        **_course(goal, state, journal.records, spent, n_steps),
+        **about(base, goal, adapter, data),
+        **course(state, journal.records, spent, n_steps),
         "before": before,
         "test": metrics,
         "base_bytes": base_bytes,
@@ -155,11 +152,28 @@ def fit(
         "settled": settled,
         "memory": memory,
         "processes": workers.size,
+        "notes": notes(journal, learner.settings),
         **tried,
     }
     if place is not None and workers.first:
         finish(place, goal, adapter, entries, journal.records, summary)
     return Result(adapter, before, metrics, journal.records, summary, place)
+
+
+def _refuse_other(model: object, data: object) -> None:
+    """UsageError for what is neither a base nor data."""
+    if isinstance(model, nn.Module):
+        raise UsageError(
+            f"fit takes a Base, not a bare {type(model).__name__}: it needs its tokenizer too; "
+            "lorakit.tasks.base.Base(model, tokenizer, name, pool, max_length) has both"
+        )
+    if not isinstance(model, str | Path | Base):
+        raise UsageError(f"the model is {model!r:.60}; give the name or directory of a base, or a loaded Base")
+    if not isinstance(data, str | Path | Splits):
+        raise UsageError(
+            f"the data is {type(data).__name__} {data!r:.60}; give a file, a directory, demo:support, or the Splits "
+            "that lorakit.data.load_splits gives"
+        )
 
 
 @contextmanager
@@ -180,48 +194,3 @@ def _adapted(net: nn.Module, goal: Task, plan: Plan | None, seed: int) -> Iterat
     finally:
         if head and not had_head and head in net._modules:
             del net._modules[head]
-
-
-def _named(goal: Task) -> dict[str, Any]:
-    """What a task is, as entries beside others: its name as `task`, and all else that it remembers."""
-    return {"task" if key == "name" else key: value for key, value in goal.note().items()}
-
-
-def _best_epoch(goal: Task, records: list[dict[str, Any]]) -> int:
-    """Epoch of the kept parameters: the first of the best."""
-    best: dict[str, Any] | None = None
-    for record in records:
-        if record["kind"] == "valid" and goal.better(record, best):
-            best = record
-    assert best is not None
-    return int(best["epoch"])
-
-
-def _about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any]) -> dict[str, Any]:
-    """What was trained, on what, with what."""
-    return {
-        "base": base.name,
-        "base_parameters": sum(p.numel() for p in base.model.parameters()),
-        "adapter_parameters": adapter.n_parameters,
-        "adapter_bytes": adapter.n_bytes,
-        "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        **_named(goal),
-        "metric": goal.metric,
-        "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-
-
-def _course(goal: Task, state: State, records: list[dict[str, Any]], seconds: float, n_steps: int) -> dict[str, Any]:
-    """How it went."""
-    tokens = sum(record["n_tokens"] for record in records if record["kind"] == "step")
-    return {
-        "best_valid": state.best,
-        "best_epoch": _best_epoch(goal, records),
-        "stopped_early": state.stale > 0 and state.step < n_steps,
-        "steps": state.step,
-        "epochs": state.epoch,
-        "train_s": round(state.seconds, 2),
-        "total_s": round(seconds, 2),
-        "tokens_per_s": round(tokens / state.seconds) if state.seconds else None,
-        "threads": torch.get_num_threads(),
-    }

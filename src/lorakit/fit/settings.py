@@ -3,10 +3,12 @@
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import UsageError, listed, nearest
+from lorakit.rules import plan as make_plan
 from lorakit.trunk import DTYPES
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -91,9 +93,16 @@ class Settings:
         """Tokens of one pass."""
         return self.tokens_per_pass or TOKENS_PER_PASS
 
+    @property
+    def left_open(self) -> list[str]:
+        """Names of those that the run settles for itself."""
+        wishes = {"learning_rate": isinstance(self.learning_rate, str)}
+        wishes |= {"tokens_per_pass": not self.tokens_per_pass, "threads": not self.threads}
+        return [name for name, wish in wishes.items() if wish]
+
     def filled(self, settled: Mapping[str, Any]) -> "Settings":
-        """These settings with what was settled for those that were open; notes beside them are left out."""
-        return replace(self, **{field.name: settled[field.name] for field in fields(self) if field.name in settled})
+        """These settings with what was settled for those that are open; notes beside them are left out."""
+        return replace(self, **{name: settled[name] for name in self.left_open if name in settled})
 
     def values(self) -> dict[str, Any]:
         """Name -> value."""
@@ -103,7 +112,7 @@ class Settings:
 def make_settings(given: Mapping[str, Any]) -> Settings:
     """Settings from names and values; UsageError for an unknown name or a value of the wrong type."""
     known = {field.name: field.type for field in fields(Settings)}
-    faults = [f"unknown setting '{name}'{nearest(name, known)}" for name in given if name not in known]
+    faults = [f"unknown setting '{name}'{_meant(name, known)}" for name in given if name not in known]
     good: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
@@ -122,6 +131,15 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     if faults:
         raise UsageError(listed(faults))
     return Settings(**good)
+
+
+def _meant(name: str, known: Mapping[str, Any]) -> str:
+    """What somebody who wrote this name may have meant."""
+    if name in ("lr", "rate"):
+        return "; it is called 'learning_rate'"
+    if name in signature(make_plan).parameters:
+        return f"; it belongs to the plan: plan=lorakit.plan(base.model, {name}=...)"
+    return nearest(name, known)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ All of it is settled once, before the first step, and kept in the checkpoint: a 
 with the very same.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,19 +17,26 @@ from lorakit.fit.threads import choose_threads
 from lorakit.plan import Plan
 
 
-def settle(learner: Learner, tokens: Tokens, plan: Plan, budget: Budget) -> dict[str, Any]:
+def settle(
+    learner: Learner, tokens: Tokens, plan: Plan, budget: Budget, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Name -> value of the settings that are open, by trials on the training rows; what learns is left as it was.
 
-    `notes` beside them says why, in words and numbers. Torch is left with the number of threads that was chosen.
+    `before` is what the run settled before it was interrupted, and stays. `notes` beside the values says why, in words
+    and numbers. The learner gets its settings filled, torch the number of threads.
     """
-    wish, found = learner.settings, dict[str, Any]()
-    if not wish.tokens_per_pass:
+    wish, found = learner.settings, dict(before or {})
+    open_now = [name for name in wish.left_open if name not in found]
+    if "tokens_per_pass" in open_now:
         found["tokens_per_pass"] = budget.tokens_per_pass()
     learner.settings = wish.filled(found)  # the trials run in passes of that size
-    if not wish.threads:
+    if "threads" in open_now:
         found["threads"] = choose_threads(learner, tokens)
-    torch.set_num_threads(wish.threads or found["threads"])
-    if isinstance(wish.learning_rate, str):
+    torch.set_num_threads(wish.filled(found).threads)
+    if "learning_rate" in open_now:
         rate = default_rate(learner, plan) if wish.learning_rate == "default" else tried_rate(learner, tokens, plan)
         found |= {"learning_rate": rate.value, "notes": {"learning_rate": rate.note()}}
+    found = learner.workers.agreed(found)
+    learner.settings = wish.filled(found)
+    torch.set_num_threads(learner.settings.threads)
     return found

@@ -74,13 +74,15 @@ def load_base(
     transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        _refuse_empty(tokenizer, name)
         config = transformers.AutoConfig.from_pretrained(place)
-        model = _load(_auto(transformers, config, head), place, name, strict=head != "none")
+        model = _load(_auto(transformers, config, head, name), place, name, strict=head != "none")
     except LorakitError:
         raise
     except Exception as error:  # broken files raise what their readers please
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LorakitError(f"cannot load the base '{name}': {reason}") from None
+        way = "" if os.path.isdir(place) else " Give a Transformers directory, or check the name and the connection."
+        raise LorakitError(f"cannot load the base '{name}': {reason}{way}") from None
     finally:
         transformers.utils.logging.set_verbosity(previous)
     if head == "none" and getattr(model, "pooler", None) is not None:
@@ -92,12 +94,34 @@ def load_base(
     return Base(model.eval(), tokenizer, known_as, chosen, longest, chosen_template(tokenizer, template))
 
 
-def _auto(transformers: Any, config: Any, head: str) -> Any:
-    """The class that loads this model with this head."""
+def _refuse_empty(tokenizer: Any, name: str) -> None:
+    """Without its files Transformers makes a tokenizer that knows no word."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise LorakitError(
+            f"the tokenizer of '{name}' knows no word: its files (tokenizer.json, vocab.txt or the like) are missing "
+            "or empty; put those of the model beside its weights"
+        )
+
+
+def _auto(transformers: Any, config: Any, head: str, name: str) -> Any:
+    """The class that loads this model with this head. LorakitError if it has none that writes."""
     if head == "causal":
+        if not _writes(config):
+            raise LorakitError(
+                f"'{name}' is a {config.model_type} model, which does not write text from left to right; "
+                "name a causal language model (GPT-2, Llama, Qwen ...)"
+            )
         return transformers.AutoModelForCausalLM
     t5 = config.model_type in ("t5", "mt5", "umt5")
     return transformers.AutoModelForTextEncoding if t5 else transformers.AutoModel
+
+
+def _writes(config: Any) -> bool:
+    """Whether it is a decoder."""
+    auto = _transformers().models.auto.modeling_auto
+    masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return causal and (not masked or bool(getattr(config, "is_decoder", False)))
 
 
 def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
@@ -153,10 +177,7 @@ def pool_of(place: str, config: Any) -> str:
         return "cls"
     if config.model_type in ("t5", "mt5", "umt5"):
         return "mean"
-    transformers = _transformers()
-    masked = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return "last" if causal and not masked else "cls"
+    return "last" if _writes(config) else "cls"
 
 
 def _longest(place: str, config: Any, tokenizer: Any) -> int:

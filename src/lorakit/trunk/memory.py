@@ -90,7 +90,8 @@ def peak_resident() -> int:
 def available_memory() -> int:
     """Bytes that could be taken now without pushing anything out, bounded by the control group of a container.
 
-    This process' share of them, where torchrun has started several on this machine.
+    This process' share of them, where torchrun has started several on this machine; no more than its own limit leaves
+    (`ulimit -v`).
     """
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as stream:
@@ -99,4 +100,17 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")
         bound = int((group / "memory.max").read_text(encoding="ascii"))
         found.append(bound - int((group / "memory.current").read_text(encoding="ascii")))
-    return max(0, min(found)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(share, _left_by_limit()))
+
+
+def _left_by_limit() -> int:
+    """Bytes of addresses that the process may yet take."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            with open("/proc/self/statm", encoding="ascii") as stream:
+                return limit - int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 1 << 62
