@@ -17,6 +17,7 @@ DATA = Path(os.environ.get("LORAKIT_DATA", "../shared/data"))
 _PREAMBLE = "Below is an instruction. Write a response that completes it."
 Row = tuple[list[int], list[int]]  # token ids; labels: one class, or one for each token (-100 where none)
 
+SCALE = 2.0  # of every update: PEFT's lora_alpha is twice the rank
 JOBS: dict[str, dict[str, Any]] = {
     "minilm rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},
     "bert 12x384 rt_polarity": {"rank": 8, "batch": 32, "rate": 1e-3, "task": "classify"},

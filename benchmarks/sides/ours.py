@@ -23,7 +23,7 @@ from lorakit.trunk import Trunk, lean, resolve_dtype
 from lorakit.trunk import trunk as trunk_module
 from lorakit.trunk.memory import keep_few_kernels
 from lorakit.trunk.packing import CannotPackError
-from sides.jobs import JOBS, Row, base
+from sides.jobs import JOBS, SCALE, Row, base
 from sides.worker import Score, Steps, serve
 
 keep_few_kernels()  # before anything is multiplied here, as in a fit
@@ -54,7 +54,8 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     if "half precision" in setting.get("without", ()):
         dtype = "fp32"
     if not setting.get("frozen") and not setting.get("floor"):
-        plan = lk.plan(model, rank=job["rank"], trained=(task.head,) if task.head else (), **setting.get("plan", {}))
+        trained = (task.head,) if task.head else ()
+        plan = lk.plan(model, rank=job["rank"], scale=SCALE, trained=trained, **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
     trunk = Trunk(model, dtype=dtype, head=task.head, keep=False).__enter__()
     batches = training_batches(tokens, job["batch"], setting["seed"], 0, bool(trunk.why_padded))

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sides.jobs import JOBS, Row, base, tokenizer
+from sides.jobs import JOBS, SCALE, Row, base, tokenizer
 from sides.worker import Score, Steps, serve
 
 
@@ -61,7 +61,7 @@ def model_of(setting: dict[str, Any]) -> nn.Module:
     if JOBS[name]["task"] == "classify":
         matrices = [path for path, module in model.trunk.named_modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr,operator]
         own = {"target_modules": [f"trunk.{path}" for path in matrices], "modules_to_save": ["classifier"]}
-    return get_peft_model(model, LoraConfig(r=JOBS[name]["rank"], lora_alpha=2 * JOBS[name]["rank"], **own))
+    return get_peft_model(model, LoraConfig(r=JOBS[name]["rank"], lora_alpha=SCALE * JOBS[name]["rank"], **own))
 
 
 class Counting:
