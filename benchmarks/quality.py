@@ -46,7 +46,7 @@ def compare(bench: Bench, job: str, seeds: range, most: int) -> None:
 def main() -> None:
     """All jobs."""
     bench = Bench(__doc__ or "")
-    compare(bench, "minilm rt_polarity", range(3), bench.rounds(100, 60))
+    compare(bench, "minilm rt_polarity", range(3), bench.rounds(300, 60))
     if not bench.quick:
         compare(bench, "llama 8x512 instructions", range(3), 40)
     bench.done()

@@ -69,6 +69,7 @@ def lives(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_little_memory_makes_small_passes_and_the_same_steps(base, data, monkeypatch):
     ample = lk.fit(base, data, **QUICK)
     assert ample.summary["memory"]["tokens_per_pass"] == 4096
@@ -92,6 +93,7 @@ def _bytes_of_a_token(memory, base, data):
     return added / (QUICK["batch_size"] * sum(tokens) / len(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and the count of addresses are Linux's; runs there")
 def test_a_limit_of_the_process_counts_as_what_is_free():
     script = (
@@ -102,6 +104,14 @@ def test_a_limit_of_the_process_counts_as_what_is_free():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 40 << 20 < int(done.stdout) <= 50 << 20
+
+
+def test_passes_that_do_not_fit_are_refused(base, data, monkeypatch):
+    told = lk.fit(base, data, tokens_per_pass=512, **QUICK).summary["memory"]
+    needed = told["estimated_bytes"] - told["start_bytes"]
+    monkeypatch.setattr(budget_module, "available_memory", lambda: needed - (1 << 20))
+    with pytest.raises(FitError, match=r"passes of 512 tokens need \d+ MiB, and \d+ MiB are free; leave --tokens-per"):
+        lk.fit(base, data, tokens_per_pass=512, **QUICK)
 
 
 def test_a_text_that_does_not_fit_is_refused_before_anything_is_trained(base, data, monkeypatch):

@@ -114,6 +114,7 @@ def test_contract_refuses_what_is_not_registered() -> None:
         contract("lora", kinds=["matrix"])
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_keeps_the_contract_as_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new method is one class: a gain under a pair, written here in full."""
     monkeypatch.setitem(METHODS._entries, "scaled-pair", _ScaledPair())

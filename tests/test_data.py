@@ -130,6 +130,15 @@ def test_one_table_is_split_within_each_label_by_the_seed():
     assert set(cut.valid.labels) == set(cut.test.labels) == {"x", "y"}
 
 
+def test_rows_with_the_same_text_stay_in_one_part():
+    texts = [f"text {k % 20}" for k in range(120)]
+    rows = Rows(tuple(texts), tuple("ab"[k % 2] for k in range(120)), "here", tuple(range(120)))
+    parts = split(rows, seed=3)
+    sets = [set(part.texts) for part in (parts.train, parts.valid, parts.test)]
+    assert sum(map(len, sets)) == 20
+    assert [len(part) for part in (parts.train, parts.valid, parts.test)] == [96, 12, 12]
+
+
 def test_a_label_with_too_few_rows_to_split_is_refused():
     with pytest.raises(DataError, match="label 'y' has 1 row; at least 3"):
         split(rows_of([("a", "x"), ("b", "x"), ("c", "x"), ("d", "y")]))

@@ -1,10 +1,7 @@
-"""The fit: it learns, repeats itself, goes on after a kill as if nothing had happened, and leaves the base alone."""
+"""The fit: it learns, repeats itself, says what it was given that it cannot use, and leaves the base alone."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -92,6 +89,7 @@ def test_the_adapter_of_a_run_gives_the_same_logits_in_peft(place, base, data):
     assert float(expected.std()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_every_method_fits(base, data, method):
     plan = lk.plan(base.model, method=method, rank=4)
@@ -100,6 +98,7 @@ def test_every_method_fits(base, data, method):
     assert result.metrics["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_biases_and_an_unfrozen_base_are_carried_by_the_adapter(place, base, data):
     plan = lk.plan(base.model, rank=2, bias="all", trained=("encoder.layer.1",))
     result = lk.fit(base, data, plan=plan, out=place / "wide", **QUICK)
@@ -108,6 +107,7 @@ def test_biases_and_an_unfrozen_base_are_carried_by_the_adapter(place, base, dat
     assert lk.evaluate(place / "wide", data.test).metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_the_whole_base_can_learn_beside_its_low_rank_updates(place, base, data):
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     plan = lk.plan(base.model, rank=2, trained=("*",))
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(base, data):
     before = row.clone()
     row.fill_(float("nan"))
     try:
-        with pytest.raises(FitError, match=f"row {data.train.lines[0]} alone at step"):
+        with pytest.raises(FitError, match=f"row {data.train.lines[0]} alone at step .*; the weight '.*word_emb"):
             lk.fit(base, broken, **QUICK)
     finally:
         row.copy_(before)
@@ -219,115 +219,15 @@ def test_a_plan_that_does_not_fit_says_every_fault(base, data):
         lk.fit(base, data, plan=plan, **QUICK)
 
 
-RUN = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import lorakit as lk
-from lorakit.data import load_splits
-place, out, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "resume"
-def watch(record, total):
-    print(record.kind, record.step, flush=True)
-    if sys.argv[3] == "slow":
-        import time; time.sleep(0.05)
-lk.fit(str(place / "base"), load_splits(place / "data.csv"), out=out, resume=resume, watch=watch,
-       epochs=6, batch_size=8, learning_rate=1e-2, checkpoint_steps=4)
-"""
-
-
-def start(place, out, how):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", RUN, str(place), str(out), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.mark.slow
-def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
-    whole = start(place, place / "whole", "fresh")
-    assert whole.communicate(timeout=120)[1].count("Error") == 0
-    assert whole.returncode == 0
-    killed = start(place, place / "killed", "slow")
-    for line in killed.stdout:
-        if line.split() == ["step", "22"]:  # between two checkpoints, in the second epoch
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.wait(timeout=60)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert (place / "killed" / "checkpoint").is_dir()
-    resumed = start(place, place / "killed", "resume")
-    out, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert "step 1\n" not in out, "it began anew instead of going on"
-    assert lk.load(place / "killed" / "adapter") == lk.load(place / "whole" / "adapter")
-    one, two = (
-        [
-            {key: value for key, value in json.loads(line).items() if key != "step_s"}
-            for line in (place / name / "records.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "killed")
-    )
-    assert one == two
-
-
-class HaltError(Exception):
-    pass
-
-
-@pytest.fixture
-def stopped(base, data, tmp_path):
-    """A run that was interrupted after its second epoch."""
-
-    def watch(record, _):
-        if record.kind == "valid" and record.epoch == 1:
-            raise HaltError
-
-    out = tmp_path / "stopped"
-    with pytest.raises(HaltError):
-        lk.fit(base, data, out=out, watch=watch, threads=1, **QUICK)
-    return out
-
-
-def test_resuming_another_run_is_refused_in_words(base, data, stopped):
-    other_plan = lk.plan(base.model, blocks="last 1")
-    other_rows = replace(data, train=replace(data.train, texts=tuple(reversed(data.train.texts))))
-    for change, words in (
-        ({"learning_rate": 1e-3}, r"learning_rate was 0\.005, now 0\.001;"),
-        ({"plan": other_plan}, "the plan was Plan(12 layers, lora, rank 8 x 12.*now Plan(6 layers, .*; call as before"),
-        ({"data": other_rows}, "one that was interrupted: the training rows are others; call as before"),
-    ):
-        call = {"data": data, **QUICK, **change}
-        with pytest.raises(FitError, match=words.replace("(", r"\(")):
-            lk.fit(base, call.pop("data"), out=stopped, resume=True, **call)
-    weight = base.model.encoder.layer[0].output.dense.weight.data
-    before = weight.clone()
-    weight.mul_(2)
-    try:
-        with pytest.raises(FitError, match="interrupted: the base has other weights; call as before"):
-            lk.fit(base, data, out=stopped, resume=True, **QUICK)
-    finally:
-        weight.copy_(before)
-
-
-def test_a_resumed_run_may_take_other_threads_and_passes_and_tells_what_was_lost(base, data, stopped):
-    lines = (stopped / "records.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 19
-    (stopped / "records.jsonl").write_text("".join(lines[:10]))
-    result = lk.fit(base, data, out=stopped, resume=True, threads=2, tokens_per_pass=64, **QUICK)
-    assert result.summary["threads"] == 2
-    assert result.summary["memory"]["tokens_per_pass"] == 64
-    assert result.summary["settled"].keys() == {"tokens_per_pass"}  # of the first call
-    told = "records.jsonl lacked 8 steps before the checkpoint, so they are not in the curve"
-    assert result.summary["notes"] == [told]
-
-
 def test_a_loss_that_rises_and_too_many_threads_are_noted(base, data):
     found = lk.fit(base, data, **{**QUICK, "epochs": 3, "learning_rate": 1.0}).summary["notes"]
-    assert len(found) == 1
+    assert len(found) == 2
     assert "the training loss rose from" in found[0]
     assert "learning rate 1 may be too high" in found[0]
+    assert "it did not help there" in found[1]
     assert lk.fit(base, data, **{**QUICK, "epochs": 3}).summary["notes"] == []
+    found = lk.fit(base, data, **{**QUICK, "epochs": 1, "learning_rate": 1e-30}).summary["notes"]
+    assert found == ["the held-out loss is what it was: nothing was learned; a higher learning rate may"]
     found = lk.fit(base, data, **{**QUICK, "epochs": 1, "threads": 64}).summary["notes"]
     assert len(found) == 1
     assert found[0].startswith("64 threads share")
@@ -358,6 +258,7 @@ def test_rows_can_come_from_parquet(place, base):
     assert result.summary["rows"]["train"] == 144
 
 
+@pytest.mark.slow
 def test_a_cached_prefix_gives_the_run_without_one(place, base, data):
     plan = lk.plan(base.model, rank=2, blocks="last 1")
     plain = lk.fit(base, data, plan=plan, prefix="off", **{**QUICK, "epochs": 3, "dtype": "fp32"})
@@ -383,6 +284,7 @@ def test_a_prefix_that_finds_no_room_is_left_out_and_said(place, base, data, mon
     assert not list((place / "full").glob("prefix_*"))
 
 
+@pytest.mark.slow
 def test_passes_of_any_size_make_the_same_step(base, data):
     runs = [lk.fit(base, data, tokens_per_pass=n, **{**QUICK, "epochs": 2, "dtype": "fp32"}) for n in (1, 20, 4096)]
     losses = [[r["loss"] for r in run.records] for run in runs]
@@ -390,6 +292,7 @@ def test_passes_of_any_size_make_the_same_step(base, data):
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", [{"ema": 0.9}, {"lora_plus": 4.0}, {"schedule": "linear"}, {"schedule": "constant"}]
 )
@@ -407,34 +310,6 @@ def test_a_base_that_is_consumed_gives_the_same_run_and_keeps_half_precision(pla
     assert one.summary["base_bytes"] == other.summary["base_bytes"]
     assert {p.dtype for p in kept.model.parameters()} == {torch.float32}
     assert {p.dtype for p in consumed.model.parameters()} == {torch.bfloat16}
-
-
-def test_a_base_whose_files_are_broken_or_incomplete_is_refused(place):
-    tiny_bert(place / "broken")
-    config = json.loads((place / "broken" / "config.json").read_text())
-    (place / "broken" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    with pytest.raises(LorakitError, match=r"lack \d+ weights of a BertModel.*random numbers"):
-        load_base(str(place / "broken"))
-    (place / "broken" / "config.json").write_text(json.dumps({**config, "hidden_size": config["hidden_size"] * 2}))
-    with pytest.raises(LorakitError, match="cannot load the base"):
-        load_base(str(place / "broken"))
-    (place / "broken" / "config.json").write_text(json.dumps(config))
-    (place / "broken" / "model.safetensors").write_bytes(b"x" * 99)
-    with pytest.raises(LorakitError, match="cannot load the base"):
-        load_base(str(place / "broken"))
-
-
-def test_a_base_that_cannot_read_or_write_is_refused(place):
-    blank = place / "blank"
-    blank.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (blank / name).write_bytes((place / "base" / name).read_bytes())
-    with pytest.raises(LorakitError, match="the tokenizer of '.*blank' knows no word: its files"):
-        load_base(str(blank))
-    with pytest.raises(LorakitError, match="is a bert model, which does not write text"):
-        load_base(str(place / "base"), head="causal")
-    with pytest.raises(LorakitError, match="cannot load the base 'no/such': .* check the name and the connection"):
-        load_base("no/such")
 
 
 def test_a_seed_must_be_one():

@@ -100,6 +100,7 @@ def test_logits_by_the_models_own_code_equal_its_forward(name):
     assert "forward" not in model.base_model.__dict__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_to_answer_and_leaves_the_base_as_it_was(name, data):
     base = base_of(name)
@@ -188,6 +189,7 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits(place, data, name):
     assert float((expected - base).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_head_that_is_adapted_or_trained_learns_and_peft_agrees(place, data):
     from peft import PeftModelForCausalLM
 
@@ -228,6 +230,7 @@ def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one(place, data):
     assert [resumed.summary[key] for key in keys] == [whole.summary[key] for key in keys]
 
 
+@pytest.mark.slow
 def test_every_turn_of_a_dialogue_is_learned_and_asked_for(place):
     def talk(one, two):
         turns = (
@@ -328,6 +331,7 @@ def test_the_interval_of_the_loss_holds_it():
 REAL = os.environ.get("LORAKIT_DATA", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (Path(REAL) / "gsm8k").is_dir(), reason="LORAKIT_DATA does not lead to the real data")
 @pytest.mark.parametrize("name", ["gsm8k", "e2e_official"])
 def test_real_instruction_data_is_read_and_learned_from(name):

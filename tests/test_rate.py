@@ -99,6 +99,7 @@ def test_a_range_test_puts_back_all_that_learns_bit_for_bit(base, data, monkeypa
     assert by_hand.adapter == auto.adapter
 
 
+@pytest.mark.slow
 def test_the_summary_says_which_rate_why_and_what_was_tried(place, base, data):
     lk.fit(base, data, out=place / "auto", learning_rate="auto", **QUICK)
     settled = json.loads((place / "auto" / "summary.json").read_text())["settled"]
@@ -113,6 +114,7 @@ def test_the_summary_says_which_rate_why_and_what_was_tried(place, base, data):
     assert "learning_rate" not in lk.fit(base, data, learning_rate=1e-3, **QUICK).summary["settled"]
 
 
+@pytest.mark.slow
 def test_a_larger_scale_is_given_a_lower_rate(base, data):
     found = [
         lk.fit(base, data, learning_rate="auto", plan=lk.plan(base.model, scale=scale), **QUICK).summary["settled"]

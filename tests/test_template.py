@@ -5,7 +5,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lorakit.data import Dialogues, Turn
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError, LorakitError, UsageError
 from lorakit.tasks.generate import cut
 from lorakit.tasks.template import Template, Text, chosen_template
 from tiny_chat import CHATML, VOCABULARY, tokenizer
@@ -137,7 +137,7 @@ def test_an_earlier_answer_may_be_shortened_by_its_template():
 def test_a_tokenizer_without_end_of_text_or_a_prompt_without_tokens_is_refused():
     endless = tokenizer()
     endless.eos_token = None
-    with pytest.raises(UsageError, match="no end-of-text token"):
+    with pytest.raises(LorakitError, match="no end-of-text token.*eos_token in its tokenizer_config"):
         Template(endless, "").texts(one(*TWO))
     silent = tokenizer()
     silent.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("sort\n", behavior="removed")

@@ -6,6 +6,7 @@ tensors out. A new one is one file in `methods/` or `starts/`, or an entry point
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -137,17 +138,19 @@ def method_named(name: str) -> Method:
 
 def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) -> list[str]:
     """All faults of a plan against the layers of a model."""
-    faults: list[str] = []
-    good: set[tuple[object, ...]] = set()
+    faults: dict[tuple[object, ...], list[str]] = {}
+    more: Counter[tuple[object, ...]] = Counter()
     for path, plan in layers.items():
         spec = specs.get(path)
         if spec is None:
             continue
         alike = (plan, spec.kind, spec.shape, spec.matrix, spec.groups, spec.role, spec.called)
-        if alike in good:  # layers of a stack are alike: one answer for all
+        if alike in faults:  # layers of a stack are alike: one answer for all
+            more[alike] += 1
             continue
+        faults[alike] = []
         if plan.method not in METHODS:
-            faults.append(f"'{path}': unknown method '{plan.method}'{nearest(plan.method, METHODS.names())}")
+            faults[alike].append(f"'{path}': unknown method '{plan.method}'{nearest(plan.method, METHODS.names())}")
             continue
         method = METHODS[plan.method]
         found = method.faults(spec, plan)
@@ -157,10 +160,12 @@ def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) 
                 found.append(f"'{path}': unknown start '{plan.start}'{nearest(plan.start, STARTS.names())}")
             else:
                 found += STARTS[plan.start].faults(spec, plan.rank)
-        faults += found
-        if not found:
-            good.add(alike)
-    return faults
+        faults[alike] = found
+    return [
+        f"{fault} (and {more[alike]} more like it)" if more[alike] else fault
+        for alike, found in faults.items()
+        for fault in found
+    ]
 
 
 def _scale_faults(path: str, plan: LayerPlan) -> list[str]:

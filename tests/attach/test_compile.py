@@ -12,6 +12,8 @@ import tiny
 from lorakit.method import METHODS
 from lorakit.testing import Attention, perturb
 
+pytestmark = pytest.mark.slow  # the compiler takes seconds to wake
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:

@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lorakit.cli import Reply
@@ -55,7 +56,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "lora-plus": (float, "how much faster the factors b learn (LoRA+), 1 for equally"),
     "ema": (float, "decay of an average of the parameters to evaluate and keep, 0 for none"),
     "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result; 0 for what memory allows"),
-    "threads": (int, "threads to train with; 0 for what a short trial finds fastest"),
+    "threads": (int, "threads to train with; 0 for OMP_NUM_THREADS, or what a short trial finds fastest"),
     "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
 }
@@ -221,6 +222,6 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
         *task.told(summary),
         *(("note", note) for note in summary["notes"]),
         ("run directory", out),
-        ("next", f"{program} predict {out} --say '{task.try_it}'  |  {program} inspect {out}"),
+        ("next", f"{program} predict {quote(out)} --say '{task.try_it}'  |  {program} inspect {quote(out)}"),
     ]
     return "\n".join(["", *(f"{word:<18} {text}" for word, text in lines)])

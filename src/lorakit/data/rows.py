@@ -138,8 +138,8 @@ def _number(label: str) -> int:
 def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Splits[P]:
     """Splits one table at random, within each class where there are classes; each part gets a row of every class.
 
-    Where there are none, rows with the same input stay together, so that no part knows an input of another (unless
-    there are fewer than ten inputs). DataError where there are too few rows.
+    Rows of a class with the same input stay together, so that no part knows an input of another; unless the class has
+    fewer than ten different inputs. DataError where there are too few rows.
     """
     classes = rows.classes()
     n_rows = Counter(classes or [""] * len(rows))
@@ -166,9 +166,10 @@ def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Spli
 
 def _units(rows: Part, classes: Sequence[str] | None) -> list[list[list[int]]]:
     """What must not be torn apart, for each class: positions of rows."""
-    if classes is not None:
-        return [[[i] for i, other in enumerate(classes) if other == name] for name in sorted(set(classes))]
-    same: dict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(rows.inputs):
-        same[text].append(index)
-    return [list(same.values()) if len(same) >= _FEW_INPUTS else [[i] for i in range(len(rows))]]
+    same: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, (name, text) in enumerate(zip(classes or [""] * len(rows), rows.inputs)):
+        same[name][text].append(index)
+    return [
+        list(units.values()) if len(units) >= _FEW_INPUTS else [[i] for unit in units.values() for i in unit]
+        for _, units in sorted(same.items())
+    ]

@@ -142,6 +142,12 @@ class Budget:
         """Bounds the learner by the estimate for its passes, counts the peak from here on; the numbers by name."""
         most = learner.settings.most_tokens
         peak = self.peak(most)
+        if peak - self.resident > self.free:
+            needed, free = (f"{n_bytes / 2**20:,.0f} MiB" for n_bytes in (peak - self.resident, self.free))
+            raise FitError(
+                f"passes of {most:,} tokens need {needed}, and {free} are free; leave --tokens-per-pass open, lower "
+                "it, or free memory"
+            )
         learner.bound = Bound(peak, peak - self.resident)
         forget_peak()
         return {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import FitError
+from lorakit.errors import FitError, LorakitError
 from lorakit.files import read_json, read_tensors, replaced_directory, write_json, write_tensors
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import State
@@ -41,14 +41,20 @@ def load_checkpoint(path: Path, learner: Learner, identity: dict[str, Any]) -> S
             f"cannot resume '{path.parent}', because the call differs from the one that was interrupted: "
             f"{'; '.join(told)}; call as before, or start again in another directory"
         )
-    tensors = read_tensors(path / "state.safetensors")
+    try:
+        tensors = read_tensors(path / "state.safetensors")
+    except LorakitError as error:
+        raise FitError(f"the checkpoint is damaged ({error}); begin the run again with --overwrite") from None
     learner.restore(tensors)
     return State(**saved["position"], best_values=tensors.get("best"))
 
 
 def settled_before(path: Path) -> dict[str, Any]:
     """What a run settled before it was interrupted."""
-    settled: dict[str, Any] = read_json(path / "state.json")["position"]["settled"]
+    try:
+        settled: dict[str, Any] = read_json(path / "state.json")["position"]["settled"]
+    except (LorakitError, KeyError) as error:
+        raise FitError(f"the checkpoint is damaged ({error}); begin the run again with --overwrite") from None
     return settled
 
 
@@ -63,9 +69,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         told.append(f"the plan was {Plan.parse(before['plan'])}, now {Plan.parse(now['plan'])}")
     elif before["base"] != now["base"]:  # its hash is of the planned layers
         told.append("the base has other weights")
+    if told and before["base_name"] != now["base_name"]:  # alone it says nothing: a path may be written in many ways
+        told.append(f"the base was '{before['base_name']}', now '{now['base_name']}'")
     parts = ("training", "validation", "test")
     told += [f"the {part} rows are others" for part, a, b in zip(parts, before["data"], now["data"]) if a != b]
-    rest = (name for name in now if name not in ("settings", "plan", "base", "data"))
+    rest = (name for name in now if name not in ("settings", "plan", "base", "base_name", "data"))
     others = ((name, before.get(name), now[name]) for name in rest)
     told += [f"{name} was {old!s:.60}, now {new!s:.60}" for name, old, new in others if old != new]
     return told

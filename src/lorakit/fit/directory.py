@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorakit.adapter import Adapter
-from lorakit.errors import FitError, MissingExtraError, UsageError
+from lorakit.errors import FitError, LorakitError, MissingExtraError, UsageError
 from lorakit.files import write_json, write_text
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
 from lorakit.fit.curve import draw_curve
@@ -79,10 +79,10 @@ class Journal:
         self._learner, self._identity = learner, identity
         self._place = place if learner.workers.first else None
         self._stream: TextIO | None = None
-        self.lost = 0
+        self.lost, self.seconds_before = 0, 0.0
         if place is not None and resume:
             self.state = load_checkpoint(place / "checkpoint", learner, identity)
-            self.state.settled = settled
+            self.state.settled, self.seconds_before = settled, self.state.seconds
             self.records = _read_records(place / "records.jsonl", self.state.step, self.state.epoch)
             self.lost = self.state.step - sum(record["kind"] == "step" for record in self.records)
 
@@ -95,7 +95,10 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
-            self._stream.close()
+            try:
+                self._stream.close()
+            except OSError as error:
+                raise self._cannot_write(error) from None
 
     def add(self, record: Record) -> None:
         """Keeps a record, and a checkpoint when one is due. FitError if the disk takes no more."""
@@ -110,9 +113,15 @@ class Journal:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
                 save_checkpoint(self._place / "checkpoint", self._learner, self.state, self._identity)
-        except OSError as error:
-            told = f"cannot write into '{self._place}': {error.strerror or error}"
-            raise FitError(f"{told}; free some space and resume") from None
+        except (OSError, LorakitError) as error:
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: Exception) -> FitError:
+        assert self._place is not None
+        kept = (self._place / "checkpoint").is_dir()
+        way = "the same command with --resume goes on from its checkpoint" if kept else "begin again with --overwrite"
+        reason = getattr(error, "strerror", None) or error
+        return FitError(f"cannot write into '{self._place}': {reason}; free some space, then {way}")
 
 
 def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:

@@ -112,6 +112,12 @@ class Learner:
         return self.task.loss(self.model, self._hidden(batch, tokens), batch)
 
     @torch.no_grad()
+    def broken(self) -> str:
+        """The first weight of the base that is not finite; "" if there is none."""
+        frozen = ((name, p) for name, p in self.model.named_parameters() if name not in self.flat.named)
+        return next((name for name, weight in frozen if not bool(torch.isfinite(weight).all())), "")
+
+    @torch.no_grad()
     def _where(self, tokens: Tokens, indices: Sequence[int]) -> str:
         """The rows that alone give no finite loss; all of the batch if each does."""
         alone = [i for i in indices if not bool(torch.isfinite(self.loss(gather(tokens, [i]), tokens)))]

@@ -77,10 +77,11 @@ def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iter
             try:
                 done = learner.step(tokens, indices, rate)
             except NotFiniteError as error:
-                raise NotFiniteError(
-                    f"{error} at step {state.step + 1}; lower the learning rate (now {settings.rate:g}) or "
-                    "look for broken rows there; nothing was changed by that batch"
-                ) from None
+                way = f"lower the learning rate (now {settings.rate:g}) or look for broken rows there"
+                if broken := learner.broken():
+                    way = f"the weight '{broken}' of the base is not finite: get its files again"
+                told = f"{error} at step {state.step + 1}; {way}; nothing was changed by that batch"
+                raise NotFiniteError(told) from None
             state.step += 1
             state.batch += 1
             spent = time.perf_counter() - began

@@ -107,6 +107,7 @@ def fit(
             "settings": chosen.values(),
             "plan": entries.toml(),
             "base": base_fingerprint(net, entries.layers),
+            "base_name": base.name,
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
         }
@@ -138,7 +139,7 @@ def fit(
         adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
     if goal.peft_task:
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
-    spent = time.perf_counter() - began
+    spent = time.perf_counter() - began + journal.seconds_before
     summary = {
         **about(base, goal, adapter, data),
         **course(state, journal.records, spent, n_steps),
@@ -152,7 +153,7 @@ def fit(
         "settled": settled,
         "memory": memory,
         "processes": workers.size,
-        "notes": notes(journal, learner.settings),
+        "notes": notes(journal, learner.settings, before["loss"], metrics["loss"]),
         **tried,
     }
     if place is not None and workers.first:

@@ -58,7 +58,7 @@ class Settings:
                 ("epochs", self.epochs >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("tokens_per_pass", self.tokens_per_pass >= 0, "0 (by memory) or more"),
-                ("threads", self.threads >= 0, "0 (by a trial) or more"),
+                ("threads", 0 <= self.threads <= 1024, "0 (by a trial) to 1024"),
                 ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                 ("lora_plus", self.lora_plus > 0, "above 0"),
                 ("ema", 0 <= self.ema < 1, "0 (off) or more, below 1"),

@@ -17,6 +17,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.task import Task
 
 _WILD = 1.5  # the loss of a tenth of the run over that of its first steps
+_NOTHING = 1e-4  # of the loss
 
 
 def named(goal: Task) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def named(goal: Task) -> dict[str, Any]:
     return {"task" if key == "name" else key: value for key, value in goal.note().items()}
 
 
-def notes(journal: Journal, settings: Settings) -> list[str]:
-    """What somebody should know who believes that all went well."""
+def notes(journal: Journal, settings: Settings, before: float, after: float) -> list[str]:
+    """What somebody should know who believes that all went well. `before`, `after`: the loss on the test rows."""
     losses = [record["loss"] for record in journal.records if record["kind"] == "step"]
     tenth, found = len(losses) // 10, list[str]()
     if tenth >= 2:
@@ -36,6 +37,10 @@ def notes(journal: Journal, settings: Settings) -> list[str]:
                 f"the training loss rose from {first:.3g} to {worst:.3g} on the way; the learning rate "
                 f"{settings.rate:g} may be too high"
             )
+    if after > before:
+        found.append(f"the held-out loss was {before:.3g} before training and is {after:.3g}: it did not help there")
+    elif before - after < _NOTHING * before:
+        found.append("the held-out loss is what it was: nothing was learned; a higher learning rate may")
     if settings.threads > processors():
         found.append(f"{settings.threads} threads share {processors()} processors, which is slower than one for each")
     if journal.lost:

@@ -77,11 +77,15 @@ def load_base(
         _refuse_empty(tokenizer, name)
         config = transformers.AutoConfig.from_pretrained(place)
         model = _load(_auto(transformers, config, head, name), place, name, strict=head != "none")
+        _refuse_more_tokens(tokenizer, model, name)
     except LorakitError:
         raise
     except Exception as error:  # broken files raise what their readers please
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        way = "" if os.path.isdir(place) else " Give a Transformers directory, or check the name and the connection."
+        way = "; give a Transformers directory, or check the name and the connection"
+        if os.path.isdir(place):
+            way = "; a file of it may be damaged, cut short or of another model: get them again"
+        reason = reason.rstrip(".")
         raise LorakitError(f"cannot load the base '{name}': {reason}{way}") from None
     finally:
         transformers.utils.logging.set_verbosity(previous)
@@ -126,7 +130,14 @@ def _writes(config: Any) -> bool:
 
 def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
     """The model. LorakitError where weights were not in its files and would be random; a lax load may lack a pooler."""
-    model, info = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    model, info = auto.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for path, found, wanted in sorted(info["mismatched_keys"]):
+        raise LorakitError(
+            f"'{path}' is {_by(found)} in the files of '{name}', where its config.json wants {_by(wanted)}; "
+            "one of them is of another model"
+        )
     missing = sorted(info["missing_keys"])
     if not strict and any(not name.startswith("pooler.") for name in missing):
         raise LorakitError(
@@ -141,6 +152,22 @@ def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
     return model
 
 
+def _by(shape: Any) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _refuse_more_tokens(tokenizer: Any, model: nn.Module, name: str) -> None:
+    """Every token needs its row in the embedding."""
+    n_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= n_rows]
+    if beyond:
+        raise LorakitError(
+            f"the tokenizer of '{name}' has {len(beyond)} tokens, e.g. '{beyond[0]}', beyond the {n_rows} rows of the "
+            "model's embedding; take the tokenizer that the model was saved with, or enlarge the model "
+            "(resize_token_embeddings) and save it"
+        )
+
+
 def _resolve(name: str) -> tuple[str, str]:
     """Where the weights are, and the name to remember."""
     if name in ("minilm", MINILM):
@@ -150,6 +177,10 @@ def _resolve(name: str) -> tuple[str, str]:
             _check_hash(folder / "model.safetensors")
             return str(folder), MINILM
         return MINILM, MINILM
+    if os.path.isfile(name):
+        raise LorakitError(f"'{name}' is a file; the base is a Transformers directory, or a name on the hub")
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise LorakitError(f"there is no directory '{name}'")
     if os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise LorakitError(f"'{name}' is a directory without config.json, so not a Transformers model")
     return name, name

@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from lorakit.data.dialogues import Dialogues, Turn, Turns
-from lorakit.errors import DataError, UsageError, listed
+from lorakit.errors import DataError, LorakitError, UsageError, listed
 
 CHOICES = ("auto", "plain")
 X = TypeVar("X")
@@ -168,7 +168,10 @@ class Template:
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise UsageError("the tokenizer of this base has no end-of-text token, so no answer could ever end")
+            raise LorakitError(
+                "the tokenizer of this base has no end-of-text token, so no answer could ever end; name one as "
+                "eos_token in its tokenizer_config.json"
+            )
         return int(eos)
 
 

@@ -43,8 +43,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         return ctypes.CDLL(str(_built(texts, compiler))), ""
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", "") or str(error)
-        return None, f"{compiler} could not build them: {told.strip().splitlines()[-1] if told.strip() else error!r}"
+        if isinstance(error, subprocess.CalledProcessError):
+            last = (error.stderr or "").strip().splitlines()[-1:]
+            return None, f"{compiler} could not build them: {''.join(last) or f'it ended with code {error.returncode}'}"
+        return None, f"{compiler} could not build them: {error}"
 
 
 def _built(texts: dict[str, str], compiler: str) -> Path:

@@ -1,0 +1,164 @@
+"""A run goes on after a kill as if nothing had happened; it is told what stands in its way, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import lorakit as lk
+from lorakit.errors import FitError
+from tiny_text import small_task
+
+place, base, data = small_task(180)
+
+QUICK = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3}
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import lorakit as lk
+from lorakit.data import load_splits
+place, out, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "resume"
+def watch(record, total):
+    print(record.kind, record.step, flush=True)
+    if sys.argv[3] == "slow":
+        import time; time.sleep(0.05)
+lk.fit(str(place / "base"), load_splits(place / "data.csv"), out=out, resume=resume, watch=watch,
+       epochs=6, batch_size=8, learning_rate=1e-2, checkpoint_steps=4)
+"""
+
+
+def start(place, out, how):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RUN, str(place), str(out), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
+    whole = start(place, place / "whole", "fresh")
+    assert whole.communicate(timeout=120)[1].count("Error") == 0
+    assert whole.returncode == 0
+    killed = start(place, place / "killed", "slow")
+    for line in killed.stdout:
+        if line.split() == ["step", "22"]:  # between two checkpoints, in the second epoch
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.wait(timeout=60)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert (place / "killed" / "checkpoint").is_dir()
+    resumed = start(place, place / "killed", "resume")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "step 1\n" not in out, "it began anew instead of going on"
+    assert lk.load(place / "killed" / "adapter") == lk.load(place / "whole" / "adapter")
+    one, two = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "step_s"}
+            for line in (place / name / "records.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "killed")
+    )
+    assert one == two
+
+
+class HaltError(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(base, data, tmp_path):
+    """A run that was interrupted after its second epoch."""
+
+    def watch(record, _):
+        if record.kind == "valid" and record.epoch == 1:
+            raise HaltError
+
+    out = tmp_path / "stopped"
+    with pytest.raises(HaltError):
+        lk.fit(base, data, out=out, watch=watch, threads=2, **QUICK)
+    return out
+
+
+def test_resuming_another_run_is_refused_in_words(base, data, stopped):
+    other_plan = lk.plan(base.model, blocks="last 1")
+    other_rows = replace(data, train=replace(data.train, texts=tuple(reversed(data.train.texts))))
+    for change, words in (
+        ({"learning_rate": 1e-3}, r"learning_rate was 0\.005, now 0\.001;"),
+        ({"plan": other_plan}, "the plan was Plan(12 layers, lora, rank 8 x 12.*now Plan(6 layers, .*; call as before"),
+        ({"data": other_rows}, "one that was interrupted: the training rows are others; call as before"),
+    ):
+        call = {"data": data, **QUICK, **change}
+        with pytest.raises(FitError, match=words.replace("(", r"\(")):
+            lk.fit(base, call.pop("data"), out=stopped, resume=True, **call)
+    weight = base.model.encoder.layer[0].output.dense.weight.data
+    before = weight.clone()
+    weight.mul_(2)
+    try:
+        with pytest.raises(FitError, match="interrupted: the base has other weights; call as before"):
+            lk.fit(base, data, out=stopped, resume=True, **QUICK)
+    finally:
+        weight.copy_(before)
+
+
+def test_a_resumed_run_may_take_other_threads_and_passes_and_tells_what_was_lost(base, data, stopped):
+    lines = (stopped / "records.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 19
+    (stopped / "records.jsonl").write_text("".join(lines[:10]))
+    result = lk.fit(base, data, out=stopped, resume=True, threads=1, tokens_per_pass=64, **QUICK)
+    assert result.summary["threads"] == 1
+    assert result.summary["memory"]["tokens_per_pass"] == 64
+    assert result.summary["settled"].keys() == {"tokens_per_pass"}  # of the first call
+    told = "records.jsonl lacked 8 steps before the checkpoint, so they are not in the curve"
+    assert result.summary["notes"] == [told]
+
+
+def test_a_damaged_checkpoint_is_refused_with_a_way_out(base, data, stopped):
+    for name in ("state.json", "state.safetensors"):
+        whole = (stopped / "checkpoint" / name).read_bytes()
+        (stopped / "checkpoint" / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(FitError, match="the checkpoint is damaged .*begin the run again with --overwrite"):
+            lk.fit(base, data, out=stopped, resume=True, **QUICK)
+        (stopped / "checkpoint" / name).write_bytes(whole)
+
+
+FULL = """
+import resource, signal, sys
+import lorakit as lk
+from lorakit.errors import FitError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def watch(record, total):
+    if (record.kind, record.epoch) == (sys.argv[4], int(sys.argv[5])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+try:
+    own = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3, "threads": 1}
+    lk.fit(sys.argv[1], sys.argv[2], out=sys.argv[3], watch=watch, **own)
+except FitError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "epoch", "way"), [("valid", 1, "the same command with --resume"), ("start", 0, "begin")]
+)
+def test_a_full_disk_is_told_and_nothing_is_lost(place, base, kind, epoch, way):
+    """A size limit on files stands in for a full disk: the same errors come from the same calls."""
+    out = place / f"full_{kind}"
+    words = [sys.executable, "-c", FULL, str(place / "base"), str(place / "data.csv"), str(out), kind, str(epoch)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"cannot write into '{out}'" in done.stdout
+    assert f"free some space, then {way}" in done.stdout
+    again = {"resume": True} if kind == "valid" else {"overwrite": True}
+    whole = lk.fit(str(place / "base"), place / "data.csv", out=out, **again, **QUICK)
+    assert whole.adapter == lk.fit(str(place / "base"), place / "data.csv", **QUICK).adapter
