@@ -144,7 +144,6 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
     from transformers import AutoModel
 
     from lorakit.data import load_rows
-    from lorakit.data.batches import gather
     from lorakit.fit.use import open_run
     from lorakit.tasks.base import load_base
     from lorakit.trunk import Trunk
@@ -152,8 +151,8 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
     assert main(["merge", str(place / "run"), "--out", str(tmp_path / "m")]) == 0
     adapter, task = open_run(place / "run")
     base = load_base(str(place / "base"))
-    tokens = task.tokens(load_rows(place / "data.csv"), base.tokenizer, truncate=False)
-    batch = gather(tokens, range(12))
+    tokens = task.examples(load_rows(place / "data.csv"), base.tokenizer, truncate=False)
+    batch = tokens.gather(range(12))
     task.prepare(base.model)
     lk.attach(base.model, adapter)
     plain = AutoModel.from_pretrained(tmp_path / "m").eval()

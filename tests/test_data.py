@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from lorakit.data import Splits, load_rows, load_splits
-from lorakit.data.batches import Tokens, gather, passes, plain_batches, training_batches
+from lorakit.data.batches import Tokens, passes, plain_batches, training_batches
 from lorakit.data.rows import Rows, split
 from lorakit.errors import DataError
 
@@ -177,7 +177,7 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch(by_length)
 
 
 def test_a_batch_is_laid_end_to_end_and_can_be_padded():
-    batch = gather(tokens([2, 4]), [1, 0])
+    batch = tokens([2, 4]).gather([1, 0])
     assert batch.ids.tolist() == [1, 2, 3, 4, 1, 2]
     assert batch.segments.starts.tolist() == [0, 4, 6]
     assert batch.segments.positions().tolist() == [0, 1, 2, 3, 0, 1]
@@ -195,4 +195,4 @@ def test_a_step_is_cut_into_passes_of_bounded_size():
 
 def test_plain_batches_cover_all_rows():
     data = tokens([5, 1, 3])
-    assert sorted(i for batch in plain_batches(data, 4, range(3)) for i in batch.indices) == [0, 1, 2]
+    assert sorted(i for batch in plain_batches(data, 4, range(3)) for i in batch.examples) == [0, 1, 2]

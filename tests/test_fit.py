@@ -63,15 +63,14 @@ def test_the_run_directory_has_everything_and_serves_predict_and_evaluate(place,
 def test_the_adapter_of_a_run_gives_the_same_logits_in_peft(place, base, data):
     from peft import PeftModel
 
-    from lorakit.data.batches import gather
     from lorakit.fit.use import open_run
     from lorakit.trunk import Trunk
 
     out = place / "for_peft"
     lk.fit(base, data, out=out, **QUICK)
     adapter, task = open_run(out)
-    tokens = task.tokens(data.test, base.tokenizer, truncate=False)
-    batch = gather(tokens, range(len(tokens)))
+    tokens = task.examples(data.test, base.tokenizer, truncate=False)
+    batch = tokens.gather(range(len(tokens)))
     ours = load_base(str(place / "base"))
     task.prepare(ours.model)
     lk.attach(ours.model, adapter)

@@ -12,7 +12,6 @@ import transformers as tf
 
 import lorakit as lk
 from lorakit.data import Dialogues, Splits, Turn, load_dialogues, load_rows, load_splits
-from lorakit.data.batches import gather
 from lorakit.errors import DataError, LorakitError, UsageError
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.causal import has_plain_logits, own_logits
@@ -58,8 +57,8 @@ def test_the_loss_is_that_of_the_next_tokens_by_the_full_models_logits(name, tem
     base = base_of(name, template)
     goal = Generate.of(data, base)
     assert goal.plain_logits == (name != "gemma2")
-    tokens = goal.tokens(data.test, base.tokenizer, truncate=False)
-    batch = gather(tokens, range(len(tokens)))
+    tokens = goal.examples(data.test, base.tokenizer, truncate=False)
+    batch = tokens.gather(range(len(tokens)))
     with torch.no_grad(), Trunk(base.model, pad=tokens.pad) as trunk:
         hidden = trunk.hidden(batch.ids, batch.segments, batch.reads)
         loss, scores = goal.loss(base.model, hidden, batch), goal.scores(base.model, hidden, batch)
@@ -80,13 +79,13 @@ def test_the_loss_is_that_of_the_next_tokens_by_the_full_models_logits(name, tem
 def test_the_labels_of_transformers_own_loss_are_the_same(data):
     base = base_of("llama", CHATML)
     goal = Generate.of(data, base)
-    tokens = goal.tokens(data.test.take([0]), base.tokenizer, truncate=False)
+    tokens = goal.examples(data.test.take([0]), base.tokenizer, truncate=False)
     (ids,), (labels,), (reads,) = tokens.ids, tokens.labels, tokens.reads
     masked = [token if place - 1 in reads else -100 for place, token in enumerate(ids)]
     with torch.no_grad():
         theirs = base.model(input_ids=torch.tensor([ids]), labels=torch.tensor([masked])).loss
         hidden = base.model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, list(reads)]
-        ours = goal.loss(base.model, hidden, gather(tokens, [0])) / len(labels)
+        ours = goal.loss(base.model, hidden, tokens.gather([0])) / len(labels)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 

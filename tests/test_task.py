@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.data.batches import Tokens, gather
+from lorakit.data.batches import Tokens
 from lorakit.data.rows import Rows
 from lorakit.errors import LorakitError, UsageError
 from lorakit.tasks.base import load_base
@@ -27,8 +27,8 @@ def test_only_the_pooled_token_is_read(pool, places):
 
     tokenizer.pad_token_id = None
     rows = Rows(("ab", "abc"), ("x", "y"), "here", (2, 3))
-    tokens = Classify(("x", "y"), pool).tokens(rows, tokenizer, truncate=False)
-    batch = gather(tokens, [0, 1])
+    tokens = Classify(("x", "y"), pool).examples(rows, tokenizer, truncate=False)
+    batch = tokens.gather([0, 1])
     assert batch.ids.tolist() == [0, 1, 0, 1, 2]
     assert (batch.reads.tolist() if batch.reads is not None else None) == places
     assert batch.labels.tolist() == [0, 1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.attach import groups
 from lorakit.attach.kernels.products import input_gradient, linear, pack
-from lorakit.data.batches import IGNORED, Tokens, gather, training_batches
+from lorakit.data.batches import IGNORED, Tokens, training_batches
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.classify import Classify
@@ -123,7 +123,7 @@ def frozen(model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens) -> Callab
     model.get_input_embeddings().register_forward_hook(ask)  # type: ignore[operator]
 
     def step(indices: Sequence[int]) -> tuple[int, float]:
-        batch = gather(tokens, sorted(indices, key=lambda i: len(tokens.ids[i])))
+        batch = tokens.gather(sorted(indices, key=lambda i: tokens.lengths[i]))
         loss = task.loss(model, trunk.hidden(batch.ids, batch.segments, batch.reads), batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return batch.n_tokens, float(loss.detach())
@@ -142,7 +142,7 @@ def products(model: nn.Module, trunk: Trunk, tokens: Tokens) -> Callable[[Sequen
             weights.append((weight.to(trunk.dtype), pack(weight.to(trunk.dtype).contiguous()), module is output))
 
     def step(indices: Sequence[int]) -> tuple[int, float]:
-        batch = gather(tokens, indices)
+        batch = tokens.gather(indices)
         for weight, packed, at_labels in weights:
             n = len(batch.labels) if at_labels else batch.n_tokens + -batch.n_tokens % 32
             x = torch.zeros(n, weight.shape[1], dtype=trunk.dtype)

@@ -1,7 +1,14 @@
-"""Batches of tokens: which rows each step takes, in an order that a seed and an epoch fix; laid end to end."""
+"""What is trained on, ready for the model; which examples each step takes, in an order that a seed and an epoch fix.
 
+Texts are tokens laid end to end. A task with other data (images, pairs of source and target ...) brings Examples and a
+Batch of its own; the loop knows no more of them than stands here.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,93 +19,159 @@ _WINDOW = 16  # batches whose texts are sorted by length together: little paddin
 IGNORED = -100  # a label that is none
 
 
+class Batch(ABC):
+    """Some examples for one pass. `examples` are their places in the data, `labels` all that is to be learned."""
+
+    examples: tuple[int, ...]
+    labels: Tensor
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """What it costs, in tokens; padding is none."""
+
+    @abstractmethod
+    def hidden(self, trunk: Any, prefix: Any = None) -> Any:
+        """What the trunk makes of it, for the task to read."""
+
+
+class Examples(ABC):
+    """All examples of one part of the data, in its order. `lines` are row numbers, for messages; `pad` fills rows."""
+
+    lines: tuple[int, ...]
+    pad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """What each example costs, in tokens."""
+
+    @abstractmethod
+    def n_labels(self, indices: Sequence[int]) -> int:
+        """Labels of these examples that count in the loss."""
+
+    @abstractmethod
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """The examples at these places."""
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """Rows of every text whose frozen states may be kept over the epochs; none if that is not to be."""
+        return []
+
+
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Examples):
     """Token ids of every text, ragged; what is to be learned of each; and which of its tokens are read for that.
 
     `labels[i]` are the labels of text i and `reads[i]` as many places in it whose hidden state answers them; empty
-    `reads` means that all tokens are read together (pooled by their mean). `lines` are row numbers, for messages.
+    `reads` means that all tokens are read together (pooled by their mean). `each` texts that follow each other make one
+    example (a pair, a triple). `types`, where given, are the token types of every text (BERT: first or second of two).
     """
 
     ids: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[float, ...], ...]
     reads: tuple[tuple[int, ...], ...]
     lines: tuple[int, ...]
     pad: int
+    types: tuple[tuple[int, ...], ...] = ()
+    each: int = 1
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> list[int]:
+    @cached_property
+    def text_lengths(self) -> list[int]:
         """Tokens of each text."""
         return [len(entry) for entry in self.ids]
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        if self.each == 1:
+            return self.text_lengths
+        return [sum(self.text_lengths[k * self.each : (k + 1) * self.each]) for k in range(len(self))]
+
+    def texts(self, indices: Sequence[int]) -> list[int]:
+        """Places of the texts of these examples."""
+        return [i * self.each + k for i in indices for k in range(self.each)]
+
     def n_labels(self, indices: Sequence[int]) -> int:
-        """Labels of these texts that count in the loss."""
-        return sum(label != IGNORED for i in indices for label in self.labels[i])
+        """Labels of these examples that count in the loss."""
+        return sum(label != IGNORED for i in self.texts(indices) for label in self.labels[i])
+
+    def gather(self, indices: Sequence[int]) -> "TextBatch":
+        """The texts of these examples, end to end."""
+        texts = self.texts(indices)
+        segments = Segments.of([len(self.ids[i]) for i in texts])
+        ids = torch.tensor([token for i in texts for token in self.ids[i]], dtype=torch.int64)
+        found = [label for i in texts for label in self.labels[i]]
+        labels = torch.tensor(
+            found, dtype=torch.float32 if any(isinstance(x, float) for x in found[:1]) else torch.int64
+        )
+        types = torch.tensor([kind for i in texts for kind in self.types[i]]) if self.types else None
+        reads = None
+        if any(self.reads[i] for i in texts):
+            begins = segments.starts.tolist()
+            reads = torch.tensor([begin + place for begin, i in zip(begins, texts) for place in self.reads[i]])
+        return TextBatch(ids, segments, labels, reads, tuple(indices), tuple(texts), types)
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch(Batch):
     """Texts end to end: `ids (tokens,)`, `segments`, all `labels (labels,)`, and the row of each read or None for all.
 
-    `indices` are the places of the texts in the data.
+    `texts` are the places of the texts in the data, `types (tokens,)` their token types.
     """
 
     ids: Tensor
     segments: Segments
     labels: Tensor
     reads: Tensor | None
-    indices: tuple[int, ...]
+    examples: tuple[int, ...]
+    texts: tuple[int, ...]
+    types: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens, of which none is padding."""
         return self.ids.numel()
 
-
-def gather(tokens: Tokens, indices: Sequence[int]) -> Batch:
-    """The texts at these places, end to end."""
-    segments = Segments.of([len(tokens.ids[i]) for i in indices])
-    ids = torch.tensor([token for i in indices for token in tokens.ids[i]], dtype=torch.int64)
-    labels = torch.tensor([label for i in indices for label in tokens.labels[i]], dtype=torch.int64)
-    reads = None
-    if any(tokens.reads[i] for i in indices):
-        begins = segments.starts.tolist()
-        reads = torch.tensor([begin + place for begin, i in zip(begins, indices) for place in tokens.reads[i]])
-    return Batch(ids, segments, labels, reads, tuple(indices))
+    def hidden(self, trunk: Any, prefix: Any = None) -> Tensor:
+        """States of all tokens, or only of those that are read: `(tokens or reads, d)`."""
+        states: Tensor = trunk.hidden(self.ids, self.segments, self.reads, prefix, self.texts, self.types)
+        return states
 
 
-def training_batches(tokens: Tokens, size: int, seed: int, epoch: int, by_length: bool) -> list[tuple[int, ...]]:
+def training_batches(examples: Examples, size: int, seed: int, epoch: int, by_length: bool) -> list[tuple[int, ...]]:
     """Places of every batch of one epoch: shuffled; if they are to be padded, grouped by length within windows."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(tokens), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator).tolist()
     if not by_length:
         return [tuple(order[i : i + size]) for i in range(0, len(order), size)]
     batches: list[tuple[int, ...]] = []
     for start in range(0, len(order), size * _WINDOW):
-        window = sorted(order[start : start + size * _WINDOW], key=lambda i: len(tokens.ids[i]))
+        window = sorted(order[start : start + size * _WINDOW], key=lambda i: examples.lengths[i])
         batches += [tuple(window[i : i + size]) for i in range(0, len(window), size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return [batches[i] for i in shuffled]
 
 
-def passes(tokens: Tokens, indices: Sequence[int], most: int) -> list[list[int]]:
-    """One batch in parts of at most `most` tokens (a longer text goes alone), its texts sorted by length."""
+def passes(examples: Examples, indices: Sequence[int], most: int) -> list[list[int]]:
+    """One batch in parts of at most `most` tokens (a longer example goes alone), its examples sorted by length."""
+    lengths = examples.lengths
     parts: list[list[int]] = []
     room = 0
-    for i in sorted(indices, key=lambda i: (len(tokens.ids[i]), i)):
-        length = len(tokens.ids[i])
-        if not parts or length > room:
+    for i in sorted(indices, key=lambda i: (lengths[i], i)):
+        if not parts or lengths[i] > room:
             parts.append([])
             room = most
         parts[-1].append(i)
-        room -= length
+        room -= lengths[i]
     return parts
 
 
-def plain_batches(tokens: Tokens, most: int, indices: Sequence[int]) -> Iterator[Batch]:
-    """These texts once, by length, at most `most` tokens at a time."""
-    for part in passes(tokens, indices, most):
-        yield gather(tokens, part)
+def plain_batches(examples: Examples, most: int, indices: Sequence[int]) -> Iterator[Batch]:
+    """These examples once, by length, at most `most` tokens at a time."""
+    for part in passes(examples, indices, most):
+        yield examples.gather(part)

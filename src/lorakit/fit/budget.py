@@ -6,7 +6,7 @@ tell. The rest is known: what the process has by then, and what training adds to
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorakit.data.batches import Batch, Tokens, gather, passes
+from lorakit.data.batches import Batch, Examples, passes
 from lorakit.errors import FitError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import TOKENS_PER_PASS
@@ -80,14 +80,14 @@ class Line(NamedTuple):
 class Budget:
     """The memory of one run: `resident` when it starts, `free` then, and what passes of any size add (`peak`).
 
-    `parts` are the tokens to train on ("train") and all that are only evaluated. Raises FitError if the longest text
+    `parts` are the examples to train on ("train") and all that are only evaluated. Raises FitError if the longest text
     does not fit, before it is run.
     """
 
-    def __init__(self, learner: Learner, parts: Mapping[str, Tokens]) -> None:
-        self.tokens, self.padded = parts["train"], bool(learner.trunk.why_padded)
-        self._steps = learner.batches(self.tokens)
-        self._others = [tokens for name, tokens in parts.items() if name != "train"]
+    def __init__(self, learner: Learner, parts: Mapping[str, Examples]) -> None:
+        self.examples, self.padded = parts["train"], bool(learner.trunk.why_padded)
+        self._steps = learner.batches(self.examples)
+        self._others = [examples for name, examples in parts.items() if name != "train"]
         flat = learner.flat.values.nbytes
         average = 0 if learner.ema is None else flat
         prefixes = sum(prefix.n_bytes for prefix in learner.prefixes.values())
@@ -99,14 +99,14 @@ class Budget:
 
     def _measure(self, learner: Learner) -> None:
         """Two passes of training and of evaluation. Of a copy of the rows: the learner keeps no prefix of these."""
-        tokens = replace(self.tokens)
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens.ids[i]))
+        examples = copy(self.examples)
+        order = sorted(range(len(examples)), key=lambda i: examples.lengths[i])
         trained: list[tuple[int, int]] = []
         evaluated: list[tuple[int, int]] = []
-        for indices in (_first(tokens, order, _FEW), _first(tokens, order[::-1], _MANY)):
-            batch = gather(tokens, indices)
-            n = self._size([len(tokens.ids[i]) for i in indices])
-            trained.append((n, _peak(partial(_train, learner, batch, tokens))))
+        for indices in (_first(examples, order, _FEW), _first(examples, order[::-1], _MANY)):
+            batch = examples.gather(indices)
+            n = self._size([examples.lengths[i] for i in indices])
+            trained.append((n, _peak(partial(_train, learner, batch, examples))))
             evaluated.append((n, _peak(partial(_evaluate, learner, batch))))
             self.training = Line.through(trained[0], trained[-1])
             self.evaluation = Line.through(evaluated[0], evaluated[-1])
@@ -118,13 +118,13 @@ class Budget:
         """Tokens of a pass, padding included."""
         return len(lengths) * max(lengths) if self.padded else sum(lengths)
 
-    def _largest(self, tokens: Tokens, indices: Any, most: int) -> int:
-        return max(self._size([len(tokens.ids[i]) for i in part]) for part in passes(tokens, indices, most))
+    def _largest(self, examples: Examples, indices: Any, most: int) -> int:
+        return max(self._size([examples.lengths[i] for i in part]) for part in passes(examples, indices, most))
 
     def added(self, most: int) -> int:
         """Bytes that come to those of the start, with passes of at most so many tokens."""
-        trained = max(self._largest(self.tokens, indices, most) for indices in self._steps)
-        evaluated = max(self._largest(tokens, range(len(tokens)), most) for tokens in self._others)
+        trained = max(self._largest(self.examples, indices, most) for indices in self._steps)
+        evaluated = max(self._largest(examples, range(len(examples)), most) for examples in self._others)
         return self.kept + max(self.training.at(trained), self.evaluation.at(evaluated), self.written)
 
     def peak(self, most: int) -> int:
@@ -133,7 +133,7 @@ class Budget:
 
     def tokens_per_pass(self) -> int:
         """The most tokens of a pass that leave a fifth of what is free to others; but room for the longest text."""
-        most, longest = TOKENS_PER_PASS, max(self.tokens.lengths)
+        most, longest = TOKENS_PER_PASS, max(self.examples.lengths)
         while most > longest and self.added(most) > _SHARE * self.free:
             most = max(longest, most * 3 // 4)
         return most
@@ -158,25 +158,25 @@ class Budget:
         }
 
     def _refuse_too_long(self) -> None:
-        lengths = self.tokens.lengths
+        lengths = self.examples.lengths
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         needed = self.kept + self.training.at(lengths[longest])
         if needed > self.free:
             raise FitError(
-                f"the text of row {self.tokens.lines[longest]} with {lengths[longest]:,} tokens needs "
+                f"the example of row {self.examples.lines[longest]} with {lengths[longest]:,} tokens needs "
                 f"{needed / 2**20:,.0f} MiB to be trained on, and {self.free / 2**20:,.0f} MiB are free; shorten it "
                 "(--truncate cuts to what the model takes), train in bf16, adapt the last blocks only, or free memory"
             )
 
 
-def _first(tokens: Tokens, order: list[int], n_tokens: int) -> list[int]:
+def _first(examples: Examples, order: list[int], n_tokens: int) -> list[int]:
     """Texts from the front of the order until there are so many tokens."""
     found: list[int] = []
     for i in order:
         if n_tokens <= 0:
             break
         found.append(i)
-        n_tokens -= len(tokens.ids[i])
+        n_tokens -= examples.lengths[i]
     return found
 
 
@@ -188,13 +188,12 @@ def _peak(run: Callable[[], None]) -> int:
     return alive.most
 
 
-def _train(learner: Learner, batch: Batch, tokens: Tokens) -> None:
-    loss = learner.loss(batch, tokens)
+def _train(learner: Learner, batch: Batch, examples: Examples) -> None:
+    loss = learner.loss(batch, examples)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def _evaluate(learner: Learner, batch: Batch) -> None:
-    hidden = learner.trunk.hidden(batch.ids, batch.segments, batch.reads)
-    learner.task.scores(learner.model, hidden, batch)
+    learner.task.scores(learner.model, batch.hidden(learner.trunk), batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
-from lorakit.data.batches import Batch, Tokens, gather, passes, plain_batches, training_batches
+from lorakit.data.batches import Batch, Examples, passes, plain_batches, training_batches
 from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
@@ -52,33 +52,40 @@ class Learner:
             fused=True,
         )
         self.ema = self.flat.values.clone() if settings.ema else None
-        self.prefixes: dict[int, Prefix] = {}  # by the id of their Tokens
+        self.prefixes: dict[int, Prefix] = {}  # by the id of their Examples
         self.bound: Bound | None = None  # of the process's memory, between passes
         trunk.refresh()
         self._in_place(True)
 
     def _in_place(self, on: bool) -> None:
-        if self.trunk.groups is not None:
-            self.trunk.groups.gradients_in_place(on)
+        self.trunk.gradients_in_place(on)
 
-    def batches(self, tokens: Tokens, epoch: int = 0) -> list[tuple[int, ...]]:
+    def batches(self, examples: Examples, epoch: int = 0) -> list[tuple[int, ...]]:
         """Places of every batch of one epoch, in their order; by length where rows are padded."""
         settings = self.settings
-        return training_batches(tokens, settings.batch_size, settings.seed, epoch, bool(self.trunk.why_padded))
+        return training_batches(examples, settings.batch_size, settings.seed, epoch, bool(self.trunk.why_padded))
 
-    def gradients(self, tokens: Tokens, indices: Sequence[int]) -> tuple[float, int]:
+    def gradients(self, examples: Examples, indices: Sequence[int]) -> tuple[float, int]:
         """Mean loss and number of tokens of the texts at these places, and the loss's gradient in `flat`.
 
         NotFiniteError if the loss is not finite.
         """
-        n_labels, total, n_tokens = tokens.n_labels(indices), 0.0, 0
-        own = self.workers.share(indices, [len(tokens.ids[i]) for i in indices], bool(self.prefixes))
+        n_labels, total, n_tokens = max(1, examples.n_labels(indices)), 0.0, 0
+        own = self.workers.share(indices, [examples.lengths[i] for i in indices], bool(self.prefixes))
         self.flat.clear()
-        for part in passes(tokens, own, self.settings.most_tokens):
-            batch = gather(tokens, part)
-            loss = self.loss(batch, tokens) / max(1, n_labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total, n_tokens = total + float(loss.detach()), n_tokens + batch.n_tokens
+        parts = passes(examples, own, self.settings.most_tokens)
+        asked: Sequence[Tensor] = ()
+        if self.task.coupled and (len(parts) > 1 or self.workers.size > 1):
+            total, asked = self._asked(examples, parts, n_labels)
+        for k, part in enumerate(parts):
+            batch = examples.gather(part)
+            if asked:
+                self._scores(batch, examples).backward(asked[k])  # type: ignore[no-untyped-call]
+            else:
+                loss = self.loss(batch, examples) / n_labels
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            n_tokens += batch.n_tokens
             if self.bound is not None:
                 self.bound.keep()
         seen = torch.tensor([total, n_tokens], dtype=torch.float64)
@@ -86,15 +93,37 @@ class Learner:
         self.workers.add(self.flat.gradients)
         total, n_tokens = float(seen[0]), int(seen[1])
         if not math.isfinite(total):
-            raise NotFiniteError(f"the loss is {total} {self._where(tokens, indices)}")
+            raise NotFiniteError(f"the loss is {total} {self._where(examples, indices)}")
         return total, n_tokens
 
-    def step(self, tokens: Tokens, indices: Sequence[int], rate: float) -> Step:
+    def _asked(
+        self, examples: Examples, parts: Sequence[Sequence[int]], n_labels: int
+    ) -> tuple[float, Sequence[Tensor]]:
+        """This process' part of a loss that looks at all examples of the step, and its gradient by the scores of every
+        pass.
+
+        The passes run twice, first without gradients, so that memory stays that of one (Gao et al., 2021, "Scaling deep
+        contrastive learning batch size", arXiv 2101.06983).
+        """
+        batches = [examples.gather(part) for part in parts]
+        with torch.no_grad():
+            own = [(self._scores(batch, examples), batch.labels) for batch in batches]
+        shares = self.workers.gather(own)
+        scores, labels = (torch.cat([pair[k] for share in shares for pair in share]) for k in (0, 1))
+        scores.requires_grad_()
+        loss = self.task.coupled_loss(scores, labels) / n_labels
+        (gradient,) = torch.autograd.grad(loss, scores)
+        before = sum(len(found) for share in shares[: self.workers.number] for found, _ in share)
+        sizes = [len(part) for part in parts]
+        mine = float(loss.detach()) if self.workers.first else 0.0
+        return mine, torch.split(gradient[before : before + sum(sizes)], sizes)
+
+    def step(self, examples: Examples, indices: Sequence[int], rate: float) -> Step:
         """One step on the texts at these places. NotFiniteError, before anything is changed, if the loss is not."""
-        total, n_tokens = self.gradients(tokens, indices)
+        total, n_tokens = self.gradients(examples, indices)
         norm = float(self.flat.clip(self.settings.clip))
         if not math.isfinite(norm):
-            raise NotFiniteError(f"the gradient's norm is {norm} {self._where(tokens, indices)}")
+            raise NotFiniteError(f"the gradient's norm is {norm} {self._where(examples, indices)}")
         for group, faster in zip(self.optimizer.param_groups, self.faster):
             group["lr"] = rate * faster
         self.optimizer.step()
@@ -103,13 +132,12 @@ class Learner:
             self.ema.lerp_(self.flat.values, 1 - self.settings.ema)
         return Step(total, norm, n_tokens)
 
-    def _hidden(self, batch: Batch, tokens: Tokens) -> Tensor:
-        prefix = self.prefixes.get(id(tokens))
-        return self.trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
-
-    def loss(self, batch: Batch, tokens: Tokens) -> Tensor:
+    def loss(self, batch: Batch, examples: Examples) -> Tensor:
         """The summed loss of a pass."""
-        return self.task.loss(self.model, self._hidden(batch, tokens), batch)
+        return self.task.loss(self.model, batch.hidden(self.trunk, self.prefixes.get(id(examples))), batch)
+
+    def _scores(self, batch: Batch, examples: Examples) -> Tensor:
+        return self.task.scores(self.model, batch.hidden(self.trunk, self.prefixes.get(id(examples))), batch).float()
 
     @torch.no_grad()
     def broken(self) -> str:
@@ -118,20 +146,20 @@ class Learner:
         return next((name for name, weight in frozen if not bool(torch.isfinite(weight).all())), "")
 
     @torch.no_grad()
-    def _where(self, tokens: Tokens, indices: Sequence[int]) -> str:
+    def _where(self, examples: Examples, indices: Sequence[int]) -> str:
         """The rows that alone give no finite loss; all of the batch if each does."""
-        alone = [i for i in indices if not bool(torch.isfinite(self.loss(gather(tokens, [i]), tokens)))]
-        lines = sorted(tokens.lines[i] for i in alone or indices)
+        alone = [i for i in indices if not bool(torch.isfinite(self.loss(examples.gather([i]), examples)))]
+        lines = sorted(examples.lines[i] for i in alone or indices)
         named = ", ".join(map(str, lines[:8])) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         return f"by row {named} alone" if len(alone) == 1 else f"in the {'' if alone else 'batch of '}rows {named}"
 
-    def probe(self, tokens: Tokens, indices: Sequence[int]) -> None:
+    def probe(self, examples: Examples, indices: Sequence[int]) -> None:
         """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
-        batch = gather(tokens, passes(tokens, indices, self.settings.most_tokens)[-1])
+        batch = examples.gather(passes(examples, indices, self.settings.most_tokens)[-1])
         learning = self.flat.named
         self._in_place(False)
         with recorded(self.model) as unseen:
-            loss = self.loss(batch, tokens)
+            loss = self.loss(batch, examples)
         refuse_unseen(self.model, unseen)
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
         self._in_place(True)
@@ -142,36 +170,36 @@ class Learner:
                 "take their layers out of the plan"
             )
 
-    def evaluate(self, tokens: Tokens) -> dict[str, float]:
+    def evaluate(self, examples: Examples) -> dict[str, float]:
         """Metrics on rows, by the averaged parameters if there are any."""
         now = None
         if self.ema is not None:
             now = self.flat.values.clone()
             self.load(self.ema)
         try:
-            prefix = self.prefixes.get(id(tokens))
-            scores = scores_of(self.model, self.task, self.trunk, tokens, self.settings, prefix, self.workers)
-            return self.task.metrics(scores, tokens)
+            prefix = self.prefixes.get(id(examples))
+            scores = scores_of(self.model, self.task, self.trunk, examples, self.settings, prefix, self.workers)
+            return self.task.metrics(scores, examples)
         finally:
             if now is not None:
                 self.load(now)
 
-    def keep_prefix(self, parts: Mapping[str, Tokens], place: Path | None) -> str:
+    def keep_prefix(self, parts: Mapping[str, Examples], place: Path | None) -> str:
         """Lets the frozen blocks run once for every text; says what is kept, and where, or why not."""
         wish, depth = self.settings.prefix, self.trunk.depth
         if wish == "off" or depth == 0:
             return "off" if depth else "off: something learns in the first block"
         if self.settings.epochs == 1:
             return "off: every row is seen once"
-        size = sum(self.trunk.prefix_size(tokens.lengths) for tokens in parts.values())
+        size = sum(self.trunk.prefix_size(examples.text_lengths) for examples in parts.values())
         told = f"{depth} of {self.trunk.n_blocks} blocks, {size / 2**20:,.0f} MiB"
         in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory())
         if not in_memory and place is None:
             return f"off: {told} do not fit in memory, and the run has no directory"
         try:
-            for name, tokens in parts.items():
+            for name, examples in parts.items():
                 file = None if in_memory or place is None else place / f"prefix_{name}_{self.workers.number}.bin"
-                self.prefixes[id(tokens)] = self.trunk.prefix(tokens.lengths, file)
+                self.prefixes[id(examples)] = self.trunk.prefix(examples.text_lengths, file)
         except (OSError, RuntimeError) as error:  # no room: training goes on without it
             self._drop_prefixes()
             return f"off: {told} found no room ({error})"
@@ -225,20 +253,19 @@ def scores_of(
     model: nn.Module,
     task: Task,
     trunk: Trunk,
-    tokens: Tokens,
+    examples: Examples,
     settings: Settings,
     prefix: Prefix | None = None,
     workers: Workers | None = None,
 ) -> Tensor:
-    """The task's scores of every text, in the order of the rows: `(rows, k)`. Each process makes those of a share."""
+    """The task's scores of every example, in their order: `(examples, k)`. Each process makes those of a share."""
     workers = workers or Workers()
     found: list[Tensor] = []
     order: list[int] = []
-    own = workers.share(range(len(tokens)), tokens.lengths, prefix is not None)
-    for batch in plain_batches(tokens, settings.most_tokens, own):
-        hidden = trunk.hidden(batch.ids, batch.segments, batch.reads, prefix, batch.indices)
-        found.append(task.scores(model, hidden, batch).float().cpu())
-        order.extend(batch.indices)
+    own = workers.share(range(len(examples)), examples.lengths, prefix is not None)
+    for batch in plain_batches(examples, settings.most_tokens, own):
+        found.append(task.scores(model, batch.hidden(trunk, prefix), batch).float().cpu())
+        order.extend(batch.examples)
     made = workers.gather((order, torch.cat(found) if found else None))
     scores = torch.cat([part for _, part in made if part is not None])
     result = torch.empty_like(scores)

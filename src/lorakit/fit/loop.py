@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.data.batches import Tokens
+from lorakit.data.batches import Examples
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
@@ -59,23 +59,23 @@ def total_steps(n_rows: int, settings: Settings) -> int:
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
-def train(learner: Learner, tokens: Tokens, valid: Tokens, state: State) -> Iterator[Record]:
+def train(learner: Learner, examples: Examples, valid: Examples, state: State) -> Iterator[Record]:
     """Trains from `state` on, yielding a record for every step and every evaluation; `state` moves along.
 
     Raises NoEffectError if an update never ran in the first step or got no gradient, NotFiniteError if the loss
     is not finite.
     """
     settings = learner.settings
-    total = total_steps(len(tokens), settings)
+    total = total_steps(len(examples), settings)
     if state.step == 0:
-        learner.probe(tokens, learner.batches(tokens)[0])
+        learner.probe(examples, learner.batches(examples)[0])
     while state.epoch < settings.epochs and state.step < total:
-        batches = learner.batches(tokens, state.epoch)
+        batches = learner.batches(examples, state.epoch)
         for indices in batches[state.batch :]:
             began = time.perf_counter()
             rate = learning_rate(settings, state.step, total)
             try:
-                done = learner.step(tokens, indices, rate)
+                done = learner.step(examples, indices, rate)
             except NotFiniteError as error:
                 way = f"lower the learning rate (now {settings.rate:g}) or look for broken rows there"
                 if broken := learner.broken():

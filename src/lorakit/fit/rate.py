@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lorakit.data.batches import Tokens
+from lorakit.data.batches import Examples
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
@@ -70,14 +70,14 @@ def _trains_base(learner: Learner, plan: Plan) -> bool:
     return any(p.dim() > 1 and not (head and name.startswith(f"{head}.")) for name, p in found.items())
 
 
-def tried_rate(learner: Learner, tokens: Tokens, plan: Plan) -> Rate:
+def tried_rate(learner: Learner, examples: Examples, plan: Plan) -> Rate:
     """By a range test around the rule's rate, of at most a tenth of the run's steps but 30 at least and 60 at most.
 
     What learns, and the optimizer's memory, are put back bit for bit. Where the test tells nothing, the rule's rate.
     """
     usual = default_rate(learner, plan)
-    n_steps = min(max(_FEWEST, round(_SHARE * total_steps(len(tokens), learner.settings))), _MOST)
-    curve = range_test(learner, tokens, usual.value / _BELOW, usual.value * _ABOVE, n_steps)
+    n_steps = min(max(_FEWEST, round(_SHARE * total_steps(len(examples), learner.settings))), _MOST)
+    curve = range_test(learner, examples, usual.value / _BELOW, usual.value * _ABOVE, n_steps)
     found = pick(curve)
     if found is None:
         why = f"{usual.why}, for no rate that was tried lowered the loss by {_FALL:.0%}"
@@ -85,18 +85,20 @@ def tried_rate(learner: Learner, tokens: Tokens, plan: Plan) -> Rate:
     return Rate(float(f"{found[0]:.2g}"), found[1], tuple(curve))
 
 
-def range_test(learner: Learner, tokens: Tokens, low: float, high: float, n_steps: int) -> list[tuple[float, float]]:
+def range_test(
+    learner: Learner, examples: Examples, low: float, high: float, n_steps: int
+) -> list[tuple[float, float]]:
     """Rate and loss of steps whose rate rises from `low` to `high` by equal factors, on a few batches in turn.
 
     Ends early where the loss has risen again.
     """
-    batches = learner.batches(tokens)[:_CYCLE]
+    batches = learner.batches(examples)[:_CYCLE]
     before = {name: tensor.clone() for name, tensor in learner.memory().items()}
     curve: list[tuple[float, float]] = []
     try:
         for k in range(n_steps):
             rate = low * (high / low) ** (k / (n_steps - 1))
-            curve.append((rate, learner.step(tokens, batches[k % len(batches)], rate).loss))
+            curve.append((rate, learner.step(examples, batches[k % len(batches)], rate).loss))
             if _broken(curve) is not None:
                 break
     except NotFiniteError:  # too high by far

@@ -33,7 +33,7 @@ from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import TASKS, Task, figure
-from lorakit.trunk import Trunk, resolve_dtype
+from lorakit.trunk import resolve_dtype
 from lorakit.trunk.memory import peak_resident
 
 Watch = Callable[[Record, int], None]
@@ -97,7 +97,7 @@ def fit(
     base = model if isinstance(model, Base) else load_base(str(model), head=kind.output)
     goal = kind.of(data, base)
     parts = {
-        name: goal.tokens(rows, base.tokenizer, truncate=chosen.truncate)
+        name: goal.examples(rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
     net, keep = base.model, isinstance(model, Base) and not consume
@@ -111,7 +111,7 @@ def fit(
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
         }
-        trunk = Trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, head=goal.head, keep=keep)
+        trunk = goal.trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, keep=keep)
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
             if place is not None and not resume and workers.first:
                 clear(place)

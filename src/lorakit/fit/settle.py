@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.data.batches import Tokens
+from lorakit.data.batches import Examples
 from lorakit.fit.budget import Budget
 from lorakit.fit.learner import Learner
 from lorakit.fit.rate import default_rate, tried_rate
@@ -18,7 +18,7 @@ from lorakit.plan import Plan
 
 
 def settle(
-    learner: Learner, tokens: Tokens, plan: Plan, budget: Budget, before: Mapping[str, Any] | None = None
+    learner: Learner, examples: Examples, plan: Plan, budget: Budget, before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Name -> value of the settings that are open, by trials on the training rows; what learns is left as it was.
 
@@ -31,10 +31,10 @@ def settle(
         found["tokens_per_pass"] = budget.tokens_per_pass()
     learner.settings = wish.filled(found)  # the trials run in passes of that size
     if "threads" in open_now:
-        found["threads"] = choose_threads(learner, tokens)
+        found["threads"] = choose_threads(learner, examples)
     torch.set_num_threads(wish.filled(found).threads)
     if "learning_rate" in open_now:
-        rate = default_rate(learner, plan) if wish.learning_rate == "default" else tried_rate(learner, tokens, plan)
+        rate = default_rate(learner, plan) if wish.learning_rate == "default" else tried_rate(learner, examples, plan)
         found |= {"learning_rate": rate.value, "notes": {"learning_rate": rate.note()}}
     found = learner.workers.agreed(found)
     learner.settings = wish.filled(found)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.data.batches import Tokens, passes
+from lorakit.data.batches import Examples, passes
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
@@ -45,7 +45,7 @@ def processors() -> int:
     return max(1, found)
 
 
-def choose_threads(learner: Learner, tokens: Tokens) -> int:
+def choose_threads(learner: Learner, examples: Examples) -> int:
     """The count to train with. Nothing that learns is changed; torch is left on whatever count came last."""
     now = torch.get_num_threads()
     if any(name in os.environ for name in _WISHES) or now not in (len(_affinity()), _cores()):
@@ -57,19 +57,19 @@ def choose_threads(learner: Learner, tokens: Tokens) -> int:
     if learner.workers.size > 1:  # their passes wait for each other, so that each would time all
         return usual
     settings = learner.settings
-    batch = learner.batches(tokens)[0]
-    part = passes(tokens, batch, settings.most_tokens)[-1]
+    batch = learner.batches(examples)[0]
+    part = passes(examples, batch, settings.most_tokens)[-1]
 
     def timed(count: int) -> float:
         torch.set_num_threads(count)
         began = time.perf_counter()
-        learner.gradients(tokens, part)
+        learner.gradients(examples, part)
         return time.perf_counter() - began
 
     try:
         timed(usual)  # builds kernels
-        share = sum(len(tokens.ids[i]) for i in part) / (settings.batch_size * statistics.fmean(tokens.lengths))
-        whole = timed(usual) / share * total_steps(len(tokens), settings)
+        share = sum(examples.lengths[i] for i in part) / (settings.batch_size * statistics.fmean(examples.lengths))
+        whole = timed(usual) / share * total_steps(len(examples), settings)
         if whole < _SHORT_S:
             return usual
         return race(timed, candidates(most, usual), max(_TRIAL_S, _TRIAL_SHARE * whole))

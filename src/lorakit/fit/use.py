@@ -9,7 +9,7 @@ import torch
 
 from lorakit.adapter import WEIGHTS, Adapter, load
 from lorakit.attach import attach, detach
-from lorakit.data.batches import Tokens
+from lorakit.data.batches import Examples
 from lorakit.data.rows import Part
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
 from lorakit.files import read_json, read_tensors
@@ -17,7 +17,7 @@ from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import Evaluated, Scores, Task, task_of
-from lorakit.trunk import Trunk, resolve_dtype
+from lorakit.trunk import resolve_dtype
 
 TASK, HEAD_FILE = "lorakit_task.json", "lorakit_head.safetensors"  # beside a merged model
 
@@ -61,10 +61,10 @@ def _used(run: Run, base: Base | None) -> Iterator[tuple[Task, Base, Scores]]:
     had_head = hasattr(own.model, task.head)
     task.prepare(own.model)
 
-    def scores(tokens: Tokens) -> torch.Tensor:
+    def scores(examples: Examples) -> torch.Tensor:
         kind = resolve_dtype("auto", next(own.model.parameters()).device)
-        with Trunk(own.model, dtype=kind, pad=tokens.pad, head=task.head) as trunk:
-            return scores_of(own.model, task, trunk, tokens, Settings())
+        with task.trunk(own.model, dtype=kind, pad=examples.pad) as trunk:
+            return scores_of(own.model, task, trunk, examples, Settings())
 
     try:
         attach(own.model, adapter, name="using")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.data.batches import IGNORED, Batch, Tokens
+from lorakit.data.batches import IGNORED, TextBatch, Tokens
 from lorakit.data.rows import Rows, Splits
 from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError, listed
@@ -122,7 +122,7 @@ class Classify(Task):
         parameter = next(model.parameters())
         model.add_module(HEAD, fresh.to(parameter.device, parameter.dtype))
 
-    def tokens(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
+    def examples(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids of all rows, one label each (-100 where it is unknown)."""
         encoded = tokenizer(list(rows.texts), truncation=truncate, max_length=self.max_length if truncate else None)
         ids = tuple(tuple(entry) for entry in encoded["input_ids"])
@@ -132,13 +132,13 @@ class Classify(Task):
         reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
         return Tokens(ids, numbers, reads, rows.lines, tokenizer.pad_token_id or 0)
 
-    def scores(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """The logits `(texts, labels)`, float32."""
         vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
         logits: Tensor = model.get_submodule(HEAD)(vectors)
         return logits
 
-    def loss(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Summed cross-entropy in nats."""
         logits = self.scores(model, hidden, batch)
         return F.cross_entropy(logits, batch.labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
@@ -164,7 +164,7 @@ class Classify(Task):
 
     def predict(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> list[Prediction]:
         """The most probable label of each text."""
-        logits = scores(self.tokens(rows, base.tokenizer, truncate=truncate))
+        logits = scores(self.examples(rows, base.tokenizer, truncate=truncate))
         result: list[Prediction] = []
         for text, row in zip(rows.texts, logits.softmax(-1).tolist()):
             best = max(range(len(row)), key=row.__getitem__)
@@ -182,7 +182,7 @@ class Classify(Task):
         ]
         if unseen:
             raise DataError(listed(unseen, 5))
-        tokens = self.tokens(rows, base.tokenizer, truncate=truncate)
+        tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         logits = scores(tokens)
         guess, labels = logits.argmax(-1), torch.tensor([label for (label,) in tokens.labels])
         per_label: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.data.batches import Batch, Tokens
+from lorakit.data.batches import Examples, TextBatch, Tokens
 from lorakit.data.dialogues import Dialogues, load_dialogues, make_dialogues
 from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
@@ -108,7 +108,7 @@ class Generate(Task):
         """The base brings its head; UsageError where it does not."""
         head_of(model)
 
-    def tokens(self, rows: Dialogues, tokenizer: Any, *, truncate: bool) -> Tokens:
+    def examples(self, rows: Dialogues, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids of all texts; of each answer's tokens the id, and the place before it.
 
         A dialogue may become several texts (tasks/template.py). `truncate` cuts the beginning of what stands before
@@ -128,11 +128,11 @@ class Generate(Task):
         reads = tuple(tuple(place - 1 for place in text.learned) for text in texts)
         return Tokens(tuple(text.ids for text in texts), labels, reads, lines, tokenizer.pad_token_id or 0)
 
-    def loss(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Summed cross-entropy in nats."""
         return summed_loss(model, hidden, batch.labels, self.plain_logits)
 
-    def scores(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Of each text: summed loss, tokens of answers, how many of them were the most probable ones."""
         assert batch.reads is not None
         each = each_loss(model, hidden, batch.labels, self.plain_logits).double().cpu()
@@ -194,7 +194,7 @@ class Generate(Task):
 
     def evaluate(self, rows: Dialogues, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
         """Metrics on dialogues with answers."""
-        tokens = self.tokens(rows, base.tokenizer, truncate=truncate)
+        tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         found = scores(tokens)
         n_tokens = int(found[:, 1].sum())
         return Evaluation(self.metrics(found, tokens), mean_interval(found), len(rows), n_tokens)
@@ -230,7 +230,7 @@ class Generate(Task):
         return lines
 
 
-def _no_scores(tokens: Tokens) -> Tensor:
+def _no_scores(examples: Examples) -> Tensor:
     raise AssertionError("answers are written, not scored")
 
 

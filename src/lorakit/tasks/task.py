@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
-from lorakit.data.batches import Batch, Tokens
+from lorakit.data.batches import Examples
 from lorakit.data.rows import Part, Splits
 from lorakit.errors import DataError
 from lorakit.registry import Registry
 from lorakit.tasks.base import Base, load_base
+from lorakit.trunk import Trunk
 
-Scores = Callable[[Tokens], Tensor]  # what a task's `scores` gives for all texts, `(texts, k)`: the trunk is run for it
+Scores = Callable[[Examples], Tensor]  # what a task's `scores` gives for all examples: the trunk is run for it
 
 
 class Evaluated(Protocol):
@@ -43,6 +44,7 @@ class Task(ABC):
     options: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `predict`
     peft_task: ClassVar[str] = ""  # PEFT's task_type
     try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with
+    coupled: ClassVar[bool] = False  # the loss looks at all examples of a step together: see `coupled_loss`
 
     # ---------------------------------------------------------------- before there is one
 
@@ -82,21 +84,31 @@ class Task(ABC):
     def prepare(self, model: nn.Module) -> None:
         """Gives the trunk what it needs beside it (a head); what is there already is left as it is."""
 
-    @abstractmethod
-    def tokens(self, rows: Any, tokenizer: Any, *, truncate: bool) -> Tokens:
-        """Token ids and labels of all rows. DataError names every row that cannot be used."""
+    def trunk(self, model: nn.Module, *, dtype: str, pad: int, keep: bool = True) -> Trunk:
+        """What runs the model fast."""
+        return Trunk(model, dtype=dtype, pad=pad, head=self.head, keep=keep)
 
     @abstractmethod
-    def loss(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
-        """The sum of the losses of all labels of the batch, in nats. `hidden (tokens, d)`, or `(reads, d)` of reads."""
+    def examples(self, rows: Any, tokenizer: Any, *, truncate: bool) -> Examples:
+        """All rows, ready for the model. DataError names every row that cannot be used."""
 
     @abstractmethod
-    def scores(self, model: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
-        """What the metrics need of each text: `(texts, k)`, float32."""
+    def loss(self, model: nn.Module, hidden: Any, batch: Any) -> Tensor:
+        """The sum of the losses of all labels of the batch, in nats. `hidden` is what the batch gets from the trunk:
+        for texts `(tokens, d)`, or `(reads, d)` of what is read."""
 
     @abstractmethod
-    def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
-        """Metrics over all rows from `scores (rows, k)`; `loss` is among them."""
+    def scores(self, model: nn.Module, hidden: Any, batch: Any) -> Tensor:
+        """What the metrics need of each example: `(examples, k)`, float32."""
+
+    def coupled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses of a whole step, by the scores `(examples, k)` of all its examples and their labels
+        `(examples,)`; for a task that is `coupled`, whose `loss` is this of one pass."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def metrics(self, scores: Tensor, examples: Any) -> dict[str, float]:
+        """Metrics over all examples from `scores (examples, k)`; `loss` is among them."""
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """A higher metric; the lower loss decides between equals."""

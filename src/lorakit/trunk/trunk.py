@@ -95,15 +95,17 @@ class Trunk:
         reads: Tensor | None = None,
         prefix: Prefix | None = None,
         texts: Sequence[int] = (),
+        types: Tensor | None = None,
     ) -> Tensor:
         """Last hidden state of every token, `ids (tokens,)` -> `(tokens, d)`; or only of those at `reads` (rising).
 
-        `prefix` keeps what the frozen blocks give for these `texts`, and spares running them again.
+        `prefix` keeps what the frozen blocks give for these `texts`, and spares running them again. `types (tokens,)`
+        are token types, for a model that has them.
         """
         if self.why_padded:
-            state = self._padded(ids, segments)
+            state = self._padded(ids, segments, types)
         elif self._blocks is None:
-            state = self._packed(ids, segments)
+            state = self._packed(ids, segments, types)
         else:
             call = Call(reads if self.trims else None)
             if prefix is not None:
@@ -113,7 +115,7 @@ class Trunk:
                     call.given = F.pad(rows, (0, 0, 0, -len(rows) % _GRAIN)).to(self._device())
             self._blocks.call = call
             try:
-                state = self._packed(ids, segments)
+                state = self._packed(ids, segments, types)
             finally:
                 self._blocks.call = Call()
             if prefix is not None and call.seen is not None:
@@ -143,6 +145,11 @@ class Trunk:
         """Numbers in the hidden state of a token."""
         return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
+    def gradients_in_place(self, on: bool) -> None:
+        """Whether groups add their gradients into those that are there, unseen by autograd."""
+        if self.groups is not None:
+            self.groups.gradients_in_place(on)
+
     def refresh(self) -> None:
         """Takes over changed factors; to be called after every step."""
         if self.groups is not None:
@@ -151,22 +158,24 @@ class Trunk:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _packed(self, ids: Tensor, segments: Segments) -> Tensor:
+    def _packed(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         if self._reads_images:
             return self._of_images(ids, segments)
         device, n = self._device(), segments.n_tokens
         positions = segments.positions() + self._offset
         ids, padded = filled(ids, segments, self.pad)
         positions = F.pad(positions, (0, len(ids) - n)).to(device)[None]
+        more = {} if types is None else {"token_type_ids": F.pad(types, (0, len(ids) - n)).to(device)[None]}
         with inside(padded):
-            state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions).last_hidden_state
+            state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions, **more).last_hidden_state
         return state.squeeze(0)[:n]
 
-    def _padded(self, ids: Tensor, segments: Segments) -> Tensor:
+    def _padded(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         if self._reads_images:
             return self._of_images(ids, segments)
         rows, mask = (x.to(self._device()) for x in segments.padded(ids, self.pad))
-        state: Tensor = self._body(input_ids=rows, attention_mask=mask).last_hidden_state
+        more = {} if types is None else {"token_type_ids": segments.padded(types, 0)[0].to(self._device())}
+        state: Tensor = self._body(input_ids=rows, attention_mask=mask, **more).last_hidden_state
         return state[mask.bool()]
 
     def _of_images(self, pixels: Tensor, segments: Segments) -> Tensor:
