@@ -306,7 +306,7 @@ def test_rows_of_another_form_and_other_tasks_are_refused(place, data, run):
     unanswered = replace(data, valid=data.valid.asked())
     with pytest.raises(DataError, match=r"row \d+: it does not end with an answer"):
         lk.fit(str(place / "llama"), unanswered, "generate", **BRIEF)
-    assert TASKS.names() == ["classify", "generate"]
+    assert {"classify", "generate"} <= set(TASKS.names())
 
 
 def test_an_untrained_model_is_told_to_end_never(place, data):

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = {"text": "texts", "label": "labels", "prompt": "prompts", "answer": "answers"}
-TASK_HELP = "classify (default): one label for each text; generate: a written answer to each prompt"
+TASK_WORDS = {
+    "classify": "one label for each text",
+    "generate": "a written answer to each prompt",
+}
+TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
+COLUMNS = {  # each task says which of them it reads
+    "text": "texts",
+    "label": "labels",
+    "prompt": "prompts",
+    "answer": "answers",
+}
 
 
 def layer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,8 +97,10 @@ def predict(
         return task.predict(rows, own, scores, truncate=truncate, **options)
 
 
-def evaluate(run: Run, rows: Part, *, base: Base | None = None, truncate: bool = False) -> Evaluated:
-    """Metrics of a run on rows with their right answers. DataError for what it has not learned."""
-    with _used(run, base) as (task, own, scores):
-        task.refuse_other(rows)
+def evaluate(run: Run, rows: Part | str | Path, *, base: Base | None = None, truncate: bool = False) -> Evaluated:
+    """Metrics of a run on rows with their right answers, or a file of them. DataError for what it has not learned."""
+    opened = open_run(run) if isinstance(run, str | Path) else run
+    rows = rows if isinstance(rows, Part) else opened[1].read(rows)
+    opened[1].refuse_other(rows)
+    with _used(opened, base) as (task, own, scores):
         return task.evaluate(rows, own, scores, truncate=truncate)
