@@ -57,6 +57,9 @@ def test_the_run_directory_has_everything_and_serves_predict_and_evaluate(place,
     assert found.metrics["accuracy"] == result.metrics["accuracy"]
     guesses = lk.predict(out, ["i like rain and snow", "i like soup and rice"])
     assert [guess.label for guess in guesses] == ["weather", "food"]
+    seen = []
+    lk.predict(out, ["i like rain and snow", "i like soup and rice"], watch=lambda *done: seen.append(done))
+    assert seen[-1] == (2, 2)
     assert sum(guesses[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 

@@ -21,6 +21,7 @@ VERBS = {
     "plan": "turn rules into a plan: which layer gets which method, rank and start",
     "fit": "train an adapter on your rows and prove it on rows it has not seen",
     "predict": "answer texts with a fitted adapter: labels, or written text",
+    "chat": "talk with fitted language models, which take turns on one base",
     "evaluate": "measure a fitted adapter on rows with their right answers",
     "inspect": "show what each layer of an adapter does",
     "truncate": "shrink an adapter to a smaller rank, exactly",
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lorakit.cli.common import speaks
 
         reply: Reply = import_module(f"lorakit.cli.{words[0]}").run(args)
-        if speaks():
+        if speaks() and (args.json or reply.text):
             print(json.dumps(reply.values, ensure_ascii=False) if args.json else reply.text)
         return 0
     except SystemExit as stop:

@@ -156,6 +156,12 @@ def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
     return move
 
 
+def bar(n_total: int, unit: str) -> Callable[[int, int], None] | None:
+    """`progress` for whoever tells how many are done, and of how many."""
+    move = progress(n_total, unit)
+    return None if move is None else lambda done, _: move(done, "")
+
+
 def size(n_bytes: int) -> str:
     """1.35 MB."""
     return f"{n_bytes / 1e6:.2f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:.2f} GB"

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import asdict
 
 from lorakit.cli import Reply
-from lorakit.cli.common import columns_for, data_arguments
+from lorakit.cli.common import bar, columns_for, data_arguments
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> Reply:
     task = opened[1]
     rows = task.read(args.data, **columns_for(task, args))
     base = task.load_base(args.base) if args.base else None
-    found = evaluate(opened, rows, base=base, truncate=args.truncate)
+    found = evaluate(opened, rows, base=base, truncate=args.truncate, watch=bar(len(rows), "row"))
     return Reply(str(found), asdict(found))  # type: ignore[call-overload]

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import asdict
 
 from lorakit.cli import Reply
-from lorakit.cli.common import columns_for, data_arguments, flags_for, say
+from lorakit.cli.common import bar, columns_for, data_arguments, flags_for, say
 
 _OPTIONS = {
     "max-new-tokens": (int, "generate: most tokens of an answer (default 256)"),
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> Reply:
     columns = columns_for(task, args)
     rows = task.read(args.data, answers=False, **columns) if args.data else task.asked(args.say)
     base = task.load_base(args.base) if args.base else None
-    found = predict(opened, rows, base=base, truncate=args.truncate, **options)
+    watch = bar(len(rows), "row") if args.data else None
+    found = predict(opened, rows, base=base, truncate=args.truncate, watch=watch, **options)
     unfinished = sum(getattr(one, "stopped", None) is False for one in found)
     if unfinished:
         say(f"note: {unfinished} of {len(found)} answers were cut at their bound; --max-new-tokens N moves it")

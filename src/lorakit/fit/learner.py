@@ -1,7 +1,7 @@
 """One optimizer step, exactly: passes of bounded size, a loss over all labels of the step, a clipped AdamW step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,8 +257,12 @@ def scores_of(
     settings: Settings,
     prefix: Prefix | None = None,
     workers: Workers | None = None,
+    watch: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """The task's scores of every example, in their order: `(examples, k)`. Each process makes those of a share."""
+    """The task's scores of every example, in their order: `(examples, k)`. Each process makes those of a share.
+
+    `watch` is called with how many are done, and of how many.
+    """
     workers = workers or Workers()
     found: list[Tensor] = []
     order: list[int] = []
@@ -266,6 +270,8 @@ def scores_of(
     for batch in plain_batches(examples, settings.most_tokens, own):
         found.append(task.scores(model, batch.hidden(trunk, prefix), batch).float().cpu())
         order.extend(batch.examples)
+        if watch is not None:
+            watch(len(order), len(own))
     made = workers.gather((order, torch.cat(found) if found else None))
     scores = torch.cat([part for _, part in made if part is not None])
     result = torch.empty_like(scores)

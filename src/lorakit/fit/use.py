@@ -1,6 +1,6 @@
 """Using what a fit brought: predict and evaluate from a run or adapter directory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,11 @@ def load_base_of(adapter: Adapter, name: str | None = None) -> Base:
     return load_base(place, head="causal" if writes else "none")
 
 
+Watch = Callable[[int, int], object]  # how many are done, of how many
+
+
 @contextmanager
-def _used(run: Run, base: Base | None) -> Iterator[tuple[Task, Base, Scores]]:
+def _used(run: Run, base: Base | None, watch: Watch | None = None) -> Iterator[tuple[Task, Base, Scores]]:
     """Within the block, the base has the adapter on; with it what gives the scores of texts."""
     adapter, task = open_run(run) if isinstance(run, str | Path) else run
     own = base or task.load_base(adapter.base_name)
@@ -64,7 +67,7 @@ def _used(run: Run, base: Base | None) -> Iterator[tuple[Task, Base, Scores]]:
     def scores(examples: Examples) -> torch.Tensor:
         kind = resolve_dtype("auto", next(own.model.parameters()).device)
         with task.trunk(own.model, dtype=kind, pad=examples.pad) as trunk:
-            return scores_of(own.model, task, trunk, examples, Settings())
+            return scores_of(own.model, task, trunk, examples, Settings(), watch=watch)
 
     try:
         attach(own.model, adapter, name="using")
@@ -78,12 +81,19 @@ def _used(run: Run, base: Base | None) -> Iterator[tuple[Task, Base, Scores]]:
 
 
 def predict(
-    run: Run, given: Sequence[Any] | Part, *, base: Base | None = None, truncate: bool = False, **options: Any
+    run: Run,
+    given: Sequence[Any] | Part,
+    *,
+    base: Base | None = None,
+    truncate: bool = False,
+    watch: Watch | None = None,
+    **options: Any,
 ) -> list[Any]:
     """The answer to each text, in order: a Prediction (classify) or a Generation (generate).
 
     `given` are texts, for `generate` lists of messages too, or rows that were read. `base` saves loading the base
-    again. `options` are those of the task; `generate` takes max_new_tokens, temperature and seed.
+    again. `watch` is called with how many are done, and of how many. `options` are those of the task; `generate` takes
+    max_new_tokens, temperature and seed.
     """
     if not len(given):
         raise DataError("there is no text to predict")
@@ -93,14 +103,21 @@ def predict(
             raise UsageError(f"task '{opened[1].name}' takes no option '{name}'{nearest(name, opened[1].options)}")
     rows = given if isinstance(given, Part) else opened[1].asked(given)
     opened[1].refuse_other(rows)
-    with _used(opened, base) as (task, own, scores):
-        return task.predict(rows, own, scores, truncate=truncate, **options)
+    with _used(opened, base, watch) as (task, own, scores):
+        return task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
 
 
-def evaluate(run: Run, rows: Part | str | Path, *, base: Base | None = None, truncate: bool = False) -> Evaluated:
+def evaluate(
+    run: Run,
+    rows: Part | str | Path,
+    *,
+    base: Base | None = None,
+    truncate: bool = False,
+    watch: Watch | None = None,
+) -> Evaluated:
     """Metrics of a run on rows with their right answers, or a file of them. DataError for what it has not learned."""
     opened = open_run(run) if isinstance(run, str | Path) else run
     rows = rows if isinstance(rows, Part) else opened[1].read(rows)
     opened[1].refuse_other(rows)
-    with _used(opened, base) as (task, own, scores):
+    with _used(opened, base, watch) as (task, own, scores):
         return task.evaluate(rows, own, scores, truncate=truncate)

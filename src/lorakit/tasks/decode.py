@@ -1,11 +1,11 @@
 """Writing on: what a causal language model says after given tokens, through Transformers' own `generate`."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _TOGETHER = 16  # texts that are continued in one batch
 
@@ -20,21 +20,28 @@ def continued(
     max_length: int,
     temperature: float = 0.0,
     seed: int = 0,
+    heard: Callable[[int], object] | None = None,
+    watch: Callable[[int, int], object] | None = None,
 ) -> list[tuple[list[int], bool]]:
     """New tokens after each question, without the one that ends them; and did one of `ends` end them?
 
     At most `most` tokens, and no more than `max_length` with the question. `temperature` 0 takes the most probable
-    token, above 0 draws by `seed`. Questions are continued in batches of like length, padded on the left.
+    token, above 0 draws by `seed`. Questions are continued in batches of like length, padded on the left. `heard` is
+    called with every new token of a single question, as it comes; `watch` with how many questions are done, of all.
     """
     found: list[tuple[list[int], bool]] = [([], False)] * len(questions)
+    done = 0
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with _blank_wishes(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for part, n_new in _batches([len(question) for question in questions], most, max_length):
-            rows = _continue(model, [questions[i] for i in part], ends, n_new, temperature)
+            rows = _continue(model, [questions[i] for i in part], ends, n_new, temperature, heard)
             for i, row in zip(part, rows):
                 stop = next((place for place, token in enumerate(row) if token in ends), None)
                 found[i] = (row[:stop], stop is not None)
+            done += len(part)
+            if watch is not None:
+                watch(done, len(questions))
     return found
 
 
@@ -55,7 +62,12 @@ def _batches(lengths: Sequence[int], most: int, max_length: int) -> Iterator[tup
 
 
 def _continue(
-    model: Any, questions: Sequence[Sequence[int]], ends: Collection[int], n_new: int, temperature: float
+    model: Any,
+    questions: Sequence[Sequence[int]],
+    ends: Collection[int],
+    n_new: int,
+    temperature: float,
+    heard: Callable[[int], object] | None,
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
@@ -71,9 +83,44 @@ def _continue(
         mask[row, longest - len(question) :] = 1
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(max_new_tokens=n_new, eos_token_id=sorted(ends), pad_token_id=pad, **draw)
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    more = {} if heard is None else {"streamer": _Stream(heard)}
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **more)
     rows: list[list[int]] = out[:, longest:].tolist()
     return rows
+
+
+class Spoken:
+    """Tokens as they come -> text as it can be told: a character of several tokens waits for the last of them."""
+
+    def __init__(self, tokenizer: Any, ends: Collection[int], told: Callable[[str], object]) -> None:
+        self._tokenizer, self._ends, self._told = tokenizer, ends, told
+        self._ids: list[int] = []
+        self._text = ""
+
+    def hear(self, token: int) -> None:
+        """One more."""
+        if token in self._ends:
+            return
+        self._ids.append(token)
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and text.startswith(self._text):
+            self._told(text[len(self._text) :])
+            self._text = text
+
+
+class _Stream:
+    """What `generate` tells of a single question: first its tokens, then each new one."""
+
+    def __init__(self, heard: Callable[[int], object]) -> None:
+        self._heard, self._began = heard, False
+
+    def put(self, tokens: Tensor) -> None:
+        if self._began:
+            self._heard(int(tokens.flatten()[-1]))
+        self._began = True
+
+    def end(self) -> None:
+        pass
 
 
 @contextmanager

@@ -5,7 +5,7 @@ them is read, and its loss is that of the next token. There is no head of its ow
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, has_plain_logits, head_of, summed_loss
-from lorakit.tasks.decode import continued
+from lorakit.tasks.decode import Spoken, continued
 from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
 from lorakit.tasks.template import Template, Text
 
@@ -161,11 +161,14 @@ class Generate(Task):
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
+        heard: Callable[[str], object] | None = None,
+        watch: Callable[[int, int], object] | None = None,
         **options: Any,
     ) -> list[Generation]:
         """The answer to each dialogue: the most probable one, token by token, or one drawn if `temperature` is above 0.
 
-        `truncate` cuts the beginning of what is asked where there is no room left for an answer.
+        `truncate` cuts the beginning of what is asked where there is no room left for an answer. `heard` gets the
+        answer to a single dialogue piece by piece, as it is written.
         """
         if max_new_tokens < 1 or temperature < 0:
             raise UsageError(
@@ -178,8 +181,17 @@ class Generate(Task):
             bos = base.tokenizer.bos_token_id
             questions = [cut(Text(ids, (), len(ids)), longest, bos).ids for ids in questions]
         refuse_long(rows, rows.lines, questions, longest)
-        bounds = {"most": max_new_tokens, "max_length": self.max_length}
-        written = continued(base.model, questions, ends=template.ends, temperature=temperature, seed=seed, **bounds)
+        written = continued(
+            base.model,
+            questions,
+            ends=template.ends,
+            most=max_new_tokens,
+            max_length=self.max_length,
+            temperature=temperature,
+            seed=seed,
+            heard=None if heard is None else Spoken(base.tokenizer, template.ends, heard).hear,
+            watch=watch,
+        )
         decode = base.tokenizer.decode
         return [
             Generation(turns[-1].content, decode(ids, skip_special_tokens=True), stopped)

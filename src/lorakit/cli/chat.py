@@ -1,0 +1,91 @@
+"""Talk with a fitted language model; several runs on one base take turns.
+
+Inside: /use NAME lets another run answer, /use base none of them; /forget begins anew; /help; /quit, or end of file.
+From a pipe every line is asked in turn, and the answers are all that is printed.
+
+example: lorakit chat runs/law runs/code --temperature 0.7
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.cli import Reply
+
+_HELP = "/use NAME: another run answers ({names}; base: none of them)   /forget: begin anew   /quit"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("runs", nargs="+", metavar="run", help="run directories of --task generate, on one base")
+    parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told beforehand")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most probable answer, above: drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+
+def run(args: argparse.Namespace) -> Reply:
+    """Reads, asks, prints."""
+    from lorakit.cli.common import say
+    from lorakit.errors import LorakitError
+    from lorakit.fit.talk import Talk
+    from lorakit.fit.use import open_run
+
+    opened = {name: open_run(path) for name, path in _named(args.runs).items()}
+    adapter, task = next(iter(opened.values()))
+    base = task.load_base(args.base or adapter.base_name) if hasattr(task, "template") else None
+    written: list[dict[str, Any]] = []
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    with Talk(opened, base, args.system) as talk:
+        if sys.stdin.isatty():
+            say(_HELP.format(names=", ".join(talk.names)))
+        for line in _lines(talk):
+            word, _, rest = line.partition(" ")
+            try:
+                if word == "/quit":
+                    break
+                if word == "/help":
+                    say(_HELP.format(names=", ".join(talk.names)))
+                elif word == "/forget":
+                    talk.forget()
+                elif word == "/use":
+                    talk.use("" if rest.strip() == "base" else rest.strip())
+                elif word.startswith("/"):
+                    say(f"'{word}' is no command; {_HELP.format(names=', '.join(talk.names))}")
+                else:
+                    answer = talk.say(line, None if args.json else _spoken, **options)
+                    written.append({"adapter": talk.name, "asked": line, "answer": answer})
+                    _spoken("" if args.json else "\n")
+            except LorakitError as error:
+                say(f"lorakit: {error}")
+            except KeyboardInterrupt:
+                _spoken("\n")
+                say("stopped")
+    return Reply("", written)
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """A short name for each run."""
+    found: dict[str, str] = {}
+    for path in paths:
+        name = Path(path).name.replace(".", "_") or "run"
+        found[name if name not in found and name != "base" else f"{name}_{len(found) + 1}"] = path
+    return found
+
+
+def _spoken(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _lines(talk: Any) -> Iterator[str]:
+    """What the user types, without empty lines."""
+    while True:
+        try:
+            line = input(f"{talk.name or 'base'}> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line

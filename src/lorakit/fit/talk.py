@@ -1,0 +1,95 @@
+"""A conversation with a language model and its adapters, which take turns on one base in memory."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.attach import activate, attach, detach
+from lorakit.data.dialogues import Dialogues, Turn
+from lorakit.errors import UsageError, nearest
+from lorakit.fit.use import Run, open_run
+from lorakit.tasks.base import Base
+from lorakit.tasks.generate import Generate
+
+
+class Talk:
+    """Says what a user says, hears what the model answers, and remembers both in `turns`.
+
+    `runs` are fitted by `generate` on one base; the first begins. Inside `with`; leaving takes the adapters off.
+
+    with Talk({"law": "runs/law", "code": "runs/code"}) as talk:
+        print(talk.say("What is a tort?"))
+        talk.use("code")
+    """
+
+    def __init__(self, runs: Mapping[str, Run], base: Base | None = None, system: str = "") -> None:
+        opened = {name: open_run(run) if isinstance(run, str | Path) else run for name, run in runs.items()}
+        if not opened:
+            raise UsageError("there is no run to talk to")
+        for name, (_, task) in opened.items():
+            if not isinstance(task, Generate):
+                raise UsageError(f"'{name}' was fitted to {task.name}, which does not talk; name runs of generate")
+        self._runs = opened
+        self._first = next(iter(opened))
+        adapter, task = opened[self._first]
+        self._base = base or task.load_base(adapter.base_name)
+        self._system = system
+        self.turns: list[Turn] = []
+        self.forget()
+        self.name = ""
+
+    def __enter__(self) -> "Talk":
+        attached: list[str] = []
+        try:
+            for name, (adapter, task) in self._runs.items():
+                task.prepare(self._base.model)
+                if adapter.layers or adapter.trained:  # a merged model has nothing to attach
+                    attach(self._base.model, adapter, name=name)
+                    attached.append(name)
+        except BaseException:
+            for name in attached:
+                detach(self._base.model, name)
+            raise
+        self._attached = attached
+        self.use(self._first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._attached:
+            detach(self._base.model, name)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that `use` takes."""
+        return list(self._runs)
+
+    def use(self, name: str) -> None:
+        """Lets this adapter answer from here on; "" is the base alone."""
+        if name and name not in self._runs:
+            raise UsageError(f"there is no adapter '{name}'{nearest(name, self._runs)}")
+        if self._attached:
+            activate(self._base.model, [name] if name in self._attached else [])
+        self.name = name
+
+    def forget(self) -> None:
+        """Begins the conversation anew."""
+        self.turns = [Turn("system", self._system)] if self._system else []
+
+    def say(self, text: str, heard: Callable[[str], object] | None = None, **options: Any) -> str:
+        """The answer; `heard` gets it piece by piece. `options` are those of predicting with generate.
+
+        Where the conversation has grown longer than the model takes, its beginning is left out.
+        """
+        turns = [*self.turns, Turn("user", text)]
+        task = self._runs[self.name or self._first][1]
+        rows = Dialogues((tuple(turns),), "the conversation", (1,))
+        (found,) = task.predict(rows, self._base, _no_scores, truncate=True, heard=heard, **options)
+        self.turns = [*turns, Turn("assistant", found.answer)]
+        answer: str = found.answer
+        return answer
+
+
+def _no_scores(_: Any) -> Tensor:
+    raise AssertionError("answers are written, not scored")

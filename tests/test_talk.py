@@ -1,0 +1,91 @@
+"""Talking: turns are remembered, adapters take turns on one base, and an answer is heard as it is written."""
+
+import io
+import json
+
+import pytest
+
+import lorakit as lk
+from lorakit.cli import main
+from lorakit.errors import UsageError
+from lorakit.fit.talk import Talk
+from lorakit.tasks.base import load_base
+from tiny_chat import CHATML, chat_table, tiny_causal
+from tiny_text import table, tiny_bert
+
+ROWS = [("sort rain and soup", "weather then food"), ("sort saw and sun", "tools then weather")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk")
+    tiny_causal(folder / "base", "llama", CHATML)
+    chat_table(folder / "data.jsonl")
+    for name, epochs in (("well", 12), ("hardly", 1)):
+        settings = {"epochs": epochs, "batch_size": 8, "learning_rate": 1e-2, "max_steps": 0 if epochs > 1 else 3}
+        lk.fit(str(folder / "base"), folder / "data.jsonl", "generate", out=folder / name, **settings)
+    return folder
+
+
+def test_it_answers_as_predict_does_and_is_heard_piece_by_piece(place):
+    base = load_base(str(place / "base"), head="causal")
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    pieces = []
+    with Talk({"well": place / "well", "hardly": place / "hardly"}, base) as talk:
+        for name in ("well", "hardly", ""):
+            talk.use(name)
+            talk.forget()
+            found = talk.say(ROWS[0][0], pieces.append, max_new_tokens=8)
+            assert found == "".join(pieces)
+            if name:
+                assert found == lk.predict(place / name, [ROWS[0][0]], max_new_tokens=8)[0].answer
+            else:
+                assert found != lk.predict(place / "well", [ROWS[0][0]], max_new_tokens=8)[0].answer
+            pieces.clear()
+    assert base.model.state_dict().keys() == before.keys()
+
+
+def test_what_was_said_before_is_remembered_until_it_is_forgotten(place):
+    with Talk({"well": place / "well"}, system="i like rain") as talk:
+        first = talk.say(ROWS[0][0], max_new_tokens=4)
+        talk.say(ROWS[1][0], max_new_tokens=4)
+        assert [turn.role for turn in talk.turns] == ["system", "user", "assistant", "user", "assistant"]
+        assert talk.turns[2].content == first
+        messages = [{"role": turn.role, "content": turn.content} for turn in talk.turns[:4]]
+        (wanted,) = lk.predict(place / "well", [messages], max_new_tokens=4, truncate=True)
+        assert talk.turns[4].content == wanted.answer
+        for _ in range(9):  # longer than the model takes: the beginning is left out
+            talk.say(ROWS[0][0], max_new_tokens=4)
+        talk.forget()
+        assert [turn.role for turn in talk.turns] == ["system"]
+        with pytest.raises(UsageError, match="no adapter 'wel'; did you mean 'well'"):
+            talk.use("wel")
+
+
+def test_other_runs_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no run to talk to"):
+        Talk({})
+    tiny_bert(tmp_path / "bert")
+    table(tmp_path / "labelled.csv")
+    lk.fit(str(tmp_path / "bert"), tmp_path / "labelled.csv", out=tmp_path / "labels", epochs=1)
+    with pytest.raises(UsageError, match="'labels' was fitted to classify, which does not talk"):
+        Talk({"labels": tmp_path / "labels"})
+
+
+def test_the_command_reads_lines_and_prints_answers(place, capsys, monkeypatch):
+    asked = ROWS[0][0]
+    lines = [asked, "/use hardly", "", asked, "/use nobody", "/forget", "/what", "/use base", asked, "/quit", "x"]
+    answer = lk.predict(place / "well", [asked], max_new_tokens=4)[0].answer
+    words = ["chat", str(place / "well"), str(place / "hardly"), "--max-new-tokens", "4"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == answer
+    assert len(out.splitlines()) == 3
+    assert "there is no adapter 'nobody'" in err
+    assert "'/what' is no command" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["adapter"] for one in found] == ["well", "hardly", ""]
+    assert found[0]["answer"] == answer
