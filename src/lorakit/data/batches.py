@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.data.ragged import Ragged
 from lorakit.trunk import Segments
 
 _WINDOW = 16  # batches whose texts are sorted by length together: little padding, still a random order
@@ -63,27 +64,33 @@ class Examples(ABC):
         return []
 
 
-@dataclass(frozen=True)
 class Tokens(Examples):
-    """Token ids of every text, ragged; what is to be learned of each; and which of its tokens are read for that.
+    """Token ids of every text; what is to be learned of each; and which of its tokens are read for that.
 
     `labels[i]` are the labels of text i and `reads[i]` as many places in it whose hidden state answers them; empty
     `reads` means that all tokens are read together (pooled by their mean). `each` texts that follow each other make one
-    example (a pair, a triple). `types`, where given, are the token types of every text (BERT: first or second of two).
+    example (a pair, a triple), which has a line of its own. `types`, where given, are the token types of every text
+    (BERT: first or second of two).
     """
 
-    ids: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[float, ...], ...]
-    reads: tuple[tuple[int, ...], ...]
-    lines: tuple[int, ...]
-    pad: int
-    types: tuple[tuple[int, ...], ...] = ()
-    each: int = 1
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[float]],
+        reads: Sequence[Sequence[int]],
+        lines: Sequence[int],
+        pad: int,
+        types: Sequence[Sequence[int]] = (),
+        each: int = 1,
+    ) -> None:
+        self.ids, self.labels, self.reads = Ragged.of(ids), Ragged.of(labels), Ragged.of(reads)
+        self.types = Ragged.of(types) if len(types) else None
+        self.lines, self.pad, self.each = tuple(lines), pad, each
 
     @cached_property
     def text_lengths(self) -> list[int]:
         """Tokens of each text."""
-        return [len(entry) for entry in self.ids]
+        return self.ids.lengths
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -98,23 +105,19 @@ class Tokens(Examples):
 
     def n_labels(self, indices: Sequence[int]) -> int:
         """Labels of these examples that count in the loss."""
-        return sum(label != IGNORED for i in self.texts(indices) for label in self.labels[i])
+        return int((self.labels.rows(self.texts(indices)) != IGNORED).sum())
 
     def gather(self, indices: Sequence[int]) -> "TextBatch":
         """The texts of these examples, end to end."""
         texts = self.texts(indices)
-        segments = Segments.of([len(self.ids[i]) for i in texts])
-        ids = torch.tensor([token for i in texts for token in self.ids[i]], dtype=torch.int64)
-        found = [label for i in texts for label in self.labels[i]]
-        labels = torch.tensor(
-            found, dtype=torch.float32 if any(isinstance(x, float) for x in found[:1]) else torch.int64
-        )
-        types = torch.tensor([kind for i in texts for kind in self.types[i]]) if self.types else None
-        reads = None
-        if any(self.reads[i] for i in texts):
-            begins = segments.starts.tolist()
-            reads = torch.tensor([begin + place for begin, i in zip(begins, texts) for place in self.reads[i]])
-        return TextBatch(ids, segments, labels, reads, tuple(indices), tuple(texts), types)
+        segments = Segments.of([self.ids.length(i) for i in texts])
+        labels, reads = self.labels.rows(texts), self.reads.rows(texts)
+        if len(reads):
+            n_reads = torch.tensor([self.reads.length(i) for i in texts])
+            reads += torch.repeat_interleave(segments.starts[:-1], n_reads)
+        types = None if self.types is None else self.types.rows(texts)
+        read = reads if len(reads) else None
+        return TextBatch(self.ids.rows(texts), segments, labels, read, tuple(indices), tuple(texts), types)
 
 
 @dataclass(frozen=True)
