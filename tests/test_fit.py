@@ -240,7 +240,7 @@ def test_what_is_no_base_no_data_or_no_setting_is_refused(base, data):
         (3, data, "the model is 3; give the name"),
         (base.model, data, "takes a Base, not a bare BertModel"),
         (base, None, "the data is NoneType None; give a file"),
-        (base, [{"text": "a", "label": "b"}], r"the data is list \[.*; give a file"),
+        (base, 3.5, r"the data is float 3\.5; give a file"),
     ):
         with pytest.raises(UsageError, match=words):
             lk.fit(model, rows, **QUICK)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError, listed, nearest
@@ -118,7 +119,7 @@ def make_dialogues(asked: Sequence[str | Sequence[Mapping[str, Any]]], source: s
 
 
 def load_dialogues(
-    source: str | Path, *, prompt: str | None = None, answer: str | None = None, answers: bool = True
+    source: str | Path | Memory, *, prompt: str | None = None, answer: str | None = None, answers: bool = True
 ) -> Dialogues:
     """The dialogues of one file or table, in any of the forms above; `prompt` and `answer` name columns.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorakit.data.memory import Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
 from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table
 from lorakit.errors import DataError, listed, nearest
@@ -21,10 +22,10 @@ P = TypeVar("P", bound=Part)
 
 
 def load_splits(
-    data: str | Path,
+    data: Any,
     *,
-    valid: str | Path | None = None,
-    test: str | Path | None = None,
+    valid: Any = None,
+    test: Any = None,
     seed: int = 0,
     read: Callable[..., P] | None = None,
     **columns: Any,
@@ -32,19 +33,19 @@ def load_splits(
     """Training, validation and test rows.
 
     `data` is a file, a directory with parts of their own (`train.csv`, `valid.csv`, `test.csv`, or a Hugging Face
-    dataset), or "demo:support". What is not given is split off the training rows, at random by `seed`, within each
-    label where there are labels. `read` reads one table and takes the names of its `columns`: `load_rows` (the
-    default) `text` and `label`, `load_dialogues` `prompt` and `answer`. Raises DataError that names file, row and way
-    out.
+    dataset), "demo:support", or rows in memory (data/memory.py). What is not given is split off the training rows, at
+    random by `seed`, within each label where there are labels. `read` reads one table and takes the names of its
+    `columns`: `load_rows` (the default) `text` and `label`, `load_dialogues` `prompt` and `answer`. Raises DataError
+    that names file, row and way out.
     """
     reader: Callable[..., Any] = read or load_rows
-    parts = _parts(data)
+    parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, _PARTS)
     given = {"valid": valid, "test": test}
     loaded = {"train": reader(parts.get("train", data), **columns)}
     for name, own in given.items():
         place = own if own is not None else parts.get(name)
         if place is not None:
-            loaded[name] = reader(place, **columns)
+            loaded[name] = reader(place if isinstance(place, str | Path) else in_memory(place), **columns)
     train = loaded["train"]
     share = {name: 0.0 if name in loaded else _SHARE for name in ("valid", "test")}
     if not any(share.values()):
@@ -53,7 +54,9 @@ def load_splits(
     return Splits(cut.train, loaded.get("valid", cut.valid), loaded.get("test", cut.test)).checked()
 
 
-def load_rows(source: str | Path, *, text: str | None = None, label: str | None = None, labels: bool = True) -> Rows:
+def load_rows(
+    source: str | Path | Memory, *, text: str | None = None, label: str | None = None, labels: bool = True
+) -> Rows:
     """The rows of one file or table. `labels=False` accepts a table without a label column."""
     name = str(source)
     columns, table = open_table(source)
@@ -102,7 +105,7 @@ def _column(
     )
 
 
-def _parts(data: str | Path) -> dict[str, str | Path]:
+def _parts(data: str | Path) -> dict[str, Any]:
     """Parts that a directory or the demo brings by itself: train, valid, test -> source."""
     name = str(data)
     if name == f"{DEMO}support":
@@ -110,7 +113,7 @@ def _parts(data: str | Path) -> dict[str, str | Path]:
     path = Path(data)
     if not path.is_dir():
         return {}
-    found: dict[str, str | Path] = {}
+    found: dict[str, Any] = {}
     for part, names in _PARTS.items():
         for candidate in names:
             files = [path / f"{candidate}{suffix}" for suffix in SUFFIXES] + [path / candidate]

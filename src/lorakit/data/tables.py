@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.memory import Memory
 from lorakit.errors import DataError, MissingExtraError, listed, nearest
 
 DEMO = "demo:"
@@ -20,8 +21,10 @@ DEMO = "demo:"
 Table = Iterator[tuple[int, dict[str, Any]]]  # row number as a person counts it, column -> value
 
 
-def open_table(source: str | Path) -> tuple[list[str], Table]:
+def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
     """Column names and rows of one table. DataError names the file, where it can the row, and the way out."""
+    if isinstance(source, Memory):
+        return source.table()
     name = str(source)
     if name.startswith(DEMO):
         return _demo(name.removeprefix(DEMO))

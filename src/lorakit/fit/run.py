@@ -60,7 +60,7 @@ class Result:
 @threads_put_back()
 def fit(
     model: str | Path | Base,
-    data: str | Path | Splits[Any],
+    data: Any,
     task: str = "classify",
     *,
     plan: Plan | None = None,
@@ -75,15 +75,15 @@ def fit(
     rows.
 
     `model` is a name for `load_base` or a loaded Base, which is left as it was (with `consume` its frozen weights may
-    stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits`, or its result. `task`
-    is "classify" (one label for each text) or "generate" (a written answer to each prompt). `plan` defaults to rank 8
-    on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a
-    run that was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by
-    torchrun, its processes share the work of every step, and the first writes. `watch` is called with every Record and
-    the total number of steps; before the first with one of kind "start", whose values tell memory: `estimated_bytes`,
-    `free_bytes`, `tokens_per_pass`.
+    stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits` (a file, rows in
+    memory ...), or its result. `task` is "classify" (one label for each text) or "generate" (a written answer to each
+    prompt). `plan` defaults to rank 8 on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With
+    `out`, a run directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers
+    of an uninterrupted one. Started by torchrun, its processes share the work of every step, and the first writes.
+    `watch` is called with every Record and the total number of steps; before the first with one of kind "start", whose
+    values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`.
     """
-    _refuse_other(model, data)
+    _refuse_other(model)
     kind: type[Task] = TASKS[task]
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
@@ -161,8 +161,8 @@ def fit(
     return Result(adapter, before, metrics, journal.records, summary, place)
 
 
-def _refuse_other(model: object, data: object) -> None:
-    """UsageError for what is neither a base nor data."""
+def _refuse_other(model: object) -> None:
+    """UsageError for what is no base."""
     if isinstance(model, nn.Module):
         raise UsageError(
             f"fit takes a Base, not a bare {type(model).__name__}: it needs its tokenizer too; "
@@ -170,11 +170,6 @@ def _refuse_other(model: object, data: object) -> None:
         )
     if not isinstance(model, str | Path | Base):
         raise UsageError(f"the model is {model!r:.60}; give the name or directory of a base, or a loaded Base")
-    if not isinstance(data, str | Path | Splits):
-        raise UsageError(
-            f"the data is {type(data).__name__} {data!r:.60}; give a file, a directory, demo:support, or the Splits "
-            "that lorakit.data.load_splits gives"
-        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from lorakit.adapter import WEIGHTS, Adapter, load
 from lorakit.attach import attach, detach
 from lorakit.data.batches import Examples
+from lorakit.data.memory import in_memory
 from lorakit.data.rows import Part
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
 from lorakit.files import read_json, read_tensors
@@ -109,15 +110,17 @@ def predict(
 
 def evaluate(
     run: Run,
-    rows: Part | str | Path,
+    rows: Any,
     *,
     base: Base | None = None,
     truncate: bool = False,
     watch: Watch | None = None,
 ) -> Evaluated:
-    """Metrics of a run on rows with their right answers, or a file of them. DataError for what it has not learned."""
+    """Metrics of a run on rows with their right answers, a file of them, or what
+    `load_splits` takes as rows in memory. DataError for what it has not learned."""
     opened = open_run(run) if isinstance(run, str | Path) else run
-    rows = rows if isinstance(rows, Part) else opened[1].read(rows)
+    if not isinstance(rows, Part):
+        rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
     opened[1].refuse_other(rows)
     with _used(opened, base, watch) as (task, own, scores):
         return task.evaluate(rows, own, scores, truncate=truncate)

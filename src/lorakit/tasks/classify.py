@@ -6,7 +6,6 @@ pretrained model, and the head travels with the adapter as a fully trained modul
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,7 @@ class Classify(Task):
     max_length: int = 512
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Rows:
+    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Rows:
         """Texts and labels of one table."""
         text, label = columns.get("text"), columns.get("label")
         if text and text == label:

@@ -7,7 +7,6 @@ them is read, and its loss is that of the next token. There is no head of its ow
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class Generate(Task):
     plain_logits: bool = True
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Dialogues:
+    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Dialogues:
         """Dialogues of one table."""
         return load_dialogues(source, prompt=columns.get("prompt"), answer=columns.get("answer"), answers=answers)
 

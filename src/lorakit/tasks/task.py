@@ -6,7 +6,6 @@ this room: a class with `@TASKS.add_class`, or one of another package under the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Part:
+    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Part:
         """The rows of one table; without what is to be learned if not `answers`."""
 
     @classmethod

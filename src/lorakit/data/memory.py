@@ -1,0 +1,79 @@
+"""Rows that are in memory already: a list of dicts, a dict of columns, a DataFrame, a Dataset; or one of them for each
+part (train, valid, test).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from lorakit.errors import DataError, UsageError
+
+NAME = "the rows in memory"
+
+
+class Memory:
+    """A table in memory, which readers take as they take a file. `str` of it is for messages."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = NAME) -> None:
+        wrong = next((n for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)
+        if wrong is not None:
+            raise DataError(f"{name}: row {wrong} is {rows[wrong - 1]!r:.60}, not a dict with a value for each column")
+        self.rows, self.name = rows, name
+        self.columns = list(dict.fromkeys(str(column) for row in rows for column in row))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def table(self) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
+        """Column names, and rows by number."""
+        return self.columns, enumerate(map(dict, self.rows), 1)
+
+
+def in_memory(data: object, name: str = NAME) -> Memory:
+    """Rows from Python. UsageError for what is none."""
+    if isinstance(data, Memory):
+        return data
+    if isinstance(data, Mapping):
+        return _of_columns(data, name)
+    if hasattr(data, "column_names") and hasattr(data, "features"):  # datasets.Dataset
+        return Memory(_named(list(data), data.features), name)  # type: ignore[call-overload]
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
+        return Memory(data.to_dict("records"), name)
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        return Memory(data, name)
+    raise UsageError(
+        f"the data is {type(data).__name__} {data!r:.60}; give a file, a directory, demo:support, a list of dicts, a "
+        "dict of columns, a DataFrame, a Dataset, or the Splits that lorakit.data.load_splits gives"
+    )
+
+
+def parts_in_memory(data: object, known: Mapping[str, Sequence[str]]) -> dict[str, Memory]:
+    """Part -> rows, where `data` has rows for each part; `known` are the names that each part may have."""
+    if not isinstance(data, Mapping):
+        return {"train": in_memory(data)}
+    found = {
+        part: in_memory(data[name], f"{NAME} ('{name}')")
+        for part, names in known.items()
+        for name in names
+        if name in data
+    }
+    return found if "train" in found else {"train": in_memory(data)}
+
+
+def _of_columns(columns: Mapping[Any, Any], name: str) -> Memory:
+    values = {str(column): list(value) for column, value in columns.items() if not isinstance(value, str | bytes)}
+    sizes = {column: len(value) for column, value in values.items()}
+    if len(values) < len(columns) or not values:
+        raise UsageError(f"{name}: a dict must have a list for each column, as {{'text': [...], 'label': [...]}}")
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"'{column}' has {n}" for column, n in islice(sizes.items(), 6))
+        raise DataError(f"{name}: the columns are of unlike length: {told}")
+    return Memory([dict(zip(values, row)) for row in zip(*values.values())], name)
+
+
+def _named(rows: list[dict[str, Any]], features: Any) -> list[dict[str, Any]]:
+    """Numbers of labels as the names that a Dataset's features have for them."""
+    names = {column: feature.names for column, feature in features.items() if getattr(feature, "names", None)}
+    return [
+        {k: names[k][v] if k in names and isinstance(v, int) and v >= 0 else v for k, v in row.items()} for row in rows
+    ]
