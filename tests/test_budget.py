@@ -132,6 +132,7 @@ def test_a_watcher_is_told_before_the_first_step(base, data):
     assert [record.kind for record in seen[:2]] == ["start", "step"]
     told = seen[0].values
     assert told["estimated_bytes"] > told["start_bytes"] > 0
+    assert told.pop("seen").startswith("[CLS] i like")
     assert result.summary["memory"] == {**told, "peak_bytes": result.summary["memory"]["peak_bytes"]}
     assert all(record["kind"] != "start" for record in result.records)
 

@@ -81,6 +81,7 @@ def test_fit_tells_accuracy_before_and_after_and_the_size_beside_the_base(place,
     assert "->" in out
     assert "of the base's" in out
     assert "epoch 1:" in err
+    assert re.search(r"the model sees: \[CLS\] i like .* \[SEP\]", err)
     assert re.search(r"memory: about [\d.]+ [MG]B at the peak, [\d.]+ [MG]B free; passes of up to 4,096 tokens", err)
     assert re.search(r"memory +peak [\d.]+ [MG]B, estimated [\d.]+ [MG]B", out)
     code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite", "--json"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_fit_tells_loss_before_and_after_and_whether_answers_end(place, capsys, 
     assert "expected" in out
     assert "187 answers to learn; first row: 'sort" in err
     assert "epoch 1: step 12 of 24, valid loss" in err
+    assert re.search(r"the model sees: .*sort \w+ and \w+ .*«\w+ then \w+ .*»", err)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["template"] == ""
     assert 0 <= summary["ends_by_itself"] <= 1

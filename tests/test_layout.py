@@ -14,6 +14,7 @@ ROOMS = {
     "errors": 0,
     "registry": 0,
     "_version": 0,
+    "cache": 0,
     "linalg": 1,
     "update": 2,
     "files": 2,

@@ -163,6 +163,8 @@ class _Watch:
 
     def __call__(self, record: Any, total: int) -> None:
         if record.kind == "start":
+            if record.values["seen"]:
+                say(f"the model sees: {_short(record.values['seen'])}")
             say(_memory(record.values))
             return
         if self.move is None:
@@ -176,6 +178,12 @@ class _Watch:
                 say(f"epoch {record.epoch}: step {record.step} of {total}, {self.note}, {second}")
         elif self.move is not None:
             self.move(record.step, f"loss {record.values['loss']:.3f}, {self.note}")
+
+
+def _short(text: str) -> str:
+    """On one line, without its middle."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:120]} [...] {line[-160:]}"
 
 
 def _memory(values: Any) -> str:

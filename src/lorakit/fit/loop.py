@@ -40,7 +40,7 @@ class Record:
     kind: str
     step: int
     epoch: int
-    values: Mapping[str, float]
+    values: Mapping[str, Any]
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:

@@ -28,6 +28,7 @@ from lorakit.fit.settings import make_settings
 from lorakit.fit.settle import settle
 from lorakit.fit.summary import about, course, named, notes
 from lorakit.fit.threads import threads_put_back
+from lorakit.fit.tokenised import tokenised
 from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
 from lorakit.rules import plan as make_plan
@@ -81,7 +82,8 @@ def fit(
     `out`, a run directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers
     of an uninterrupted one. Started by torchrun, its processes share the work of every step, and the first writes.
     `watch` is called with every Record and the total number of steps; before the first with one of kind "start", whose
-    values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`.
+    values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`; and the first row as the model sees it,
+    `seen`.
     """
     _refuse_other(model)
     kind: type[Task] = TASKS[task]
@@ -97,7 +99,7 @@ def fit(
     base = model if isinstance(model, Base) else load_base(str(model), head=kind.output)
     goal = kind.of(data, base)
     parts = {
-        name: goal.examples(rows, base.tokenizer, truncate=chosen.truncate)
+        name: tokenised(goal, rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
     }
     net, keep = base.model, isinstance(model, Base) and not consume
@@ -125,7 +127,8 @@ def fit(
             with Journal(learner, place, resume, identity, settled) as journal:
                 state = journal.state
                 if watch is not None:
-                    watch(Record("start", state.step, state.epoch, {**memory}), n_steps)
+                    seen = goal.seen(parts["train"], 0, base.tokenizer)
+                    watch(Record("start", state.step, state.epoch, {**memory, "seen": seen}), n_steps)
                 for record in train(learner, parts["train"], parts["valid"], state):
                     journal.add(record)
                     if watch is not None:

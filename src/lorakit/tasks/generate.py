@@ -7,6 +7,7 @@ them is read, and its loss is that of the next token. There is no head of its ow
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,13 @@ class Generate(Task):
         labels = tuple(tuple(text.ids[place] for place in text.learned) for text in texts)
         reads = tuple(tuple(place - 1 for place in text.learned) for text in texts)
         return Tokens(tuple(text.ids for text in texts), labels, reads, lines, tokenizer.pad_token_id or 0)
+
+    def seen(self, examples: Tokens, number: int, tokenizer: Any) -> str:
+        """A text, what is learned of it between « and »."""
+        ids, learned = examples.ids[number], {int(place) + 1 for place in examples.reads[number]}
+        pieces = groupby(range(len(ids)), key=learned.__contains__)
+        told = ((tokenizer.decode([ids[i] for i in places]), wanted) for wanted, places in pieces)
+        return "".join(f"«{text}»" if wanted else str(text) for text, wanted in told)
 
     def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Summed cross-entropy in nats."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
-from lorakit.data.batches import Examples
+from lorakit.data.batches import Examples, Tokens
 from lorakit.data.rows import Part, Splits
 from lorakit.errors import DataError
 from lorakit.registry import Registry
@@ -90,6 +90,12 @@ class Task(ABC):
     @abstractmethod
     def examples(self, rows: Any, tokenizer: Any, *, truncate: bool) -> Examples:
         """All rows, ready for the model. DataError names every row that cannot be used."""
+
+    def seen(self, examples: Any, number: int, tokenizer: Any) -> str:
+        """One example as the model sees it, for people; "" where that cannot be written."""
+        if not isinstance(examples, Tokens):
+            return ""
+        return "  |  ".join(str(tokenizer.decode(examples.ids[i])) for i in examples.texts([number]))
 
     @abstractmethod
     def loss(self, model: nn.Module, hidden: Any, batch: Any) -> Tensor:

@@ -16,6 +16,8 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from lorakit.cache import cache_folder
+
 _SOURCES = ("lanes.h", "segments.c", "labels.c", "rows.c", "thin.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
@@ -52,7 +54,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 def _built(texts: dict[str, str], compiler: str) -> Path:
     """The shared library for these texts, compiler and processor; built if it is not in the cache."""
     key = hashlib.sha256("\n".join([*texts.values(), compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
-    folder = _cache_folder()
+    folder = cache_folder()
     target = folder / f"{key}.so"
     if target.is_file():
         return target
@@ -68,21 +70,6 @@ def _built(texts: dict[str, str], compiler: str) -> Path:
                 break
         os.replace(made, target)
     return target
-
-
-def _cache_folder() -> Path:
-    """A folder that nobody but this user can write to, for what is loaded from it runs as code."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "lorakit"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        mine = not hasattr(os, "getuid") or (state.st_uid == os.getuid() and not state.st_mode & 0o022)
-        if mine and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lorakit-"))
 
 
 def _processor() -> str:
