@@ -11,9 +11,10 @@ import pytest
 from lorakit.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
+TASKS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs" / "tasks").glob("*.md"))
 BLOCKS = [
     (file, number, block)
-    for file in ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md")
+    for file in ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md", *TASKS)
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S))
 ]
 

@@ -25,7 +25,9 @@ def rule(width=384, trained=("classifier",), **how):
     plan = (
         lk.plan(model, layers=["up", "down"], trained=trained, **{"rank": 4, **how}) if how != {"layers": ()} else None
     )
-    learner = SimpleNamespace(trunk=SimpleNamespace(width=width), task=SimpleNamespace(head="classifier"), model=model)
+    learner = SimpleNamespace(
+        trunk=SimpleNamespace(width=width), task=SimpleNamespace(head="classifier", from_scratch=False), model=model
+    )
     return default_rate(learner, plan or lk.Plan({}, trained)).value
 
 

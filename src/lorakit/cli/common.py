@@ -10,6 +10,7 @@ from typing import Any
 TASK_WORDS = {
     "classify": "one label for each text",
     "generate": "a written answer to each prompt",
+    "recommend": "items for each user, by what users had",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
@@ -17,7 +18,15 @@ COLUMNS = {  # each task says which of them it reads
     "label": "labels",
     "prompt": "prompts",
     "answer": "answers",
+    "user": "users",
+    "item": "items",
+    "rating": "ratings, and the least that counts: '>=4' or 'stars>=4'",
+    "time": "times",
 }
+BASE_HELP = (
+    "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "
+    "width 64 that are trained from scratch"
+)
 
 
 def layer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +51,12 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-rank", action="store_true", help="lower the rank where a layer's side demands it")
 
 
-def plan_from(args: argparse.Namespace, model: Any) -> Any:
-    """The plan that the flags describe."""
+def plan_from(args: argparse.Namespace, model: Any, task: Any) -> Any:
+    """The plan that the flags describe, for this task."""
     from lorakit.errors import UsageError
-    from lorakit.rules import plan
 
     rules: dict[str, int] = {}
-    for rule in args.layers or ["all-linear"]:
+    for rule in args.layers or []:
         name, equals, rank = rule.rpartition("=")
         if equals and rank.isdigit():
             rules[name] = int(rank)
@@ -60,10 +68,10 @@ def plan_from(args: argparse.Namespace, model: Any) -> Any:
         scale: float | str = float(args.scale)
     except ValueError:
         scale = args.scale
-    return plan(
+    return task.plan(
         model,
         args.rank,
-        rules,
+        rules or None,
         method=args.method,
         scale=scale,
         start=args.start,

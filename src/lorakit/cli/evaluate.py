@@ -1,6 +1,7 @@
 """Measure a fitted adapter on rows with their right answers, with a 95 % interval.
 
 For classify: accuracy, macro F1, and F1 of every label. For generate: loss of each token, perplexity, token accuracy.
+For recommend: NDCG, recall and hit rate of the first ten items, and the NDCG of the most popular ones.
 
 example: lorakit evaluate runs/demo demo:support_test
 """

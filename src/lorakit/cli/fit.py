@@ -2,14 +2,15 @@
 
 DATA is a CSV, TSV, JSON Lines, JSON (all four also gzip-ed) or Parquet file, a directory with train/valid/test files, a
 Hugging Face dataset directory, or demo:support. --task classify takes texts and labels; --task generate takes prompts
-and answers, Alpaca's instruction/input/output, or lists of messages (also ShareGPT's). Parts that are not given are
-split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png
-and summary.json.
+and answers, Alpaca's instruction/input/output, or lists of messages (also ShareGPT's); --task recommend takes users and
+items. Parts that are not given are split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT
+reads too), records.jsonl, curve.png and summary.json.
 
 Started by torchrun, several processes share the work of every step and end as one would.
 
 example: lorakit fit minilm demo:support --out runs/demo
          lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
+         lorakit fit new:64 ratings.csv --task recommend --out runs/base --batch-size 1024
          torchrun --nproc-per-node 2 -m lorakit fit minilm demo:support --out runs/two
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from lorakit.cli import Reply
 from lorakit.cli.common import (
+    BASE_HELP,
     TASK_HELP,
     columns_for,
     data_arguments,
@@ -64,7 +66,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
-    parser.add_argument("base", help="minilm, a Transformers directory, or a name on the hub")
+    parser.add_argument("base", help=BASE_HELP)
     parser.add_argument("data", help="file, directory, or demo:support")
     parser.add_argument("--out", required=True, metavar="DIR", help="run directory")
     parser.add_argument("--valid", metavar="FILE", help="validation rows")
@@ -92,7 +94,6 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.run import fit
     from lorakit.fit.settings import make_settings
     from lorakit.plan import Plan
-    from lorakit.tasks.base import load_base
     from lorakit.tasks.task import TASKS
 
     settings = _settings(args)
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> Reply:
     data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
     if args.plan and plan_flags_given(args):
         raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
-    base = load_base(args.base, head=task.output, **wishes)
+    base = task.base_for(args.base, data, **wishes)
     say(
         f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
         f"{len(data.test)} to report on"
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> Reply:
     if n_leaks:
         say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the result")
     say(data.train.about())
-    plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model)
+    plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model, task)
     out = Path(args.out)
     try:
         result = fit(

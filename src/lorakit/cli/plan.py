@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import TASK_HELP, layer_arguments, plan_from
+from lorakit.cli.common import BASE_HELP, TASK_HELP, layer_arguments, plan_from
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
-    parser.add_argument("base", help="minilm, a Transformers directory, or a name on the hub")
+    parser.add_argument("base", help=BASE_HELP)
     parser.add_argument("--task", default="classify", help=TASK_HELP)
     layer_arguments(parser)
     parser.add_argument("--out", metavar="FILE", help="write the plan here instead of printing it")
@@ -24,11 +24,10 @@ def run(args: argparse.Namespace) -> Reply:
     """Describes, plans, prints."""
     from lorakit.describe import describe
     from lorakit.method import METHODS
-    from lorakit.tasks.base import load_base
     from lorakit.tasks.task import TASKS
 
-    base = load_base(args.base, head=TASKS[args.task].output)
-    plan = plan_from(args, base.model)
+    base = TASKS[args.task].base_for(args.base, None)
+    plan = plan_from(args, base.model, TASKS[args.task])
     specs = {spec.path: spec for spec in describe(base.model)}
     count = sum(METHODS[entry.method].size(specs[path], entry.rank) for path, entry in plan.layers.items())
     total = sum(parameter.numel() for parameter in base.model.parameters())

@@ -58,6 +58,10 @@ class Examples(ABC):
     def gather(self, indices: Sequence[int]) -> Batch:
         """The examples at these places."""
 
+    def for_step(self, indices: Sequence[int], seed: int) -> "Examples":
+        """The examples as the passes of a step on these see them: with what is drawn for the step, or shared in it."""
+        return self
+
     @property
     def text_lengths(self) -> list[int]:
         """Rows of every text whose frozen states may be kept over the epochs; none if that is not to be."""

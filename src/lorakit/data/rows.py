@@ -48,6 +48,10 @@ class Part(ABC):
         """Why it cannot be learned from and measured by these two; empty if it can."""
         return []
 
+    def parted(self, draw: random.Random, valid: bool, test: bool) -> tuple[list[int], list[int], list[int]] | None:
+        """Places of the rows to learn from, to choose by and to report on, where rows want a split of their own."""
+        return None
+
 
 P = TypeVar("P", bound=Part)
 _FEW_INPUTS = 10  # below it a tenth of them is none
@@ -141,6 +145,10 @@ def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Spli
     Rows of a class with the same input stay together, so that no part knows an input of another; unless the class has
     fewer than ten different inputs. DataError where there are too few rows.
     """
+    own = rows.parted(random.Random(seed), valid > 0, test > 0)
+    if own is not None:
+        train, held, proof = (rows.take(sorted(part)) for part in own)
+        return Splits(train, held, proof)
     classes = rows.classes()
     n_rows = Counter(classes or [""] * len(rows))
     least = 1 + (valid > 0) + (test > 0)

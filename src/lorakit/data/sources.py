@@ -60,8 +60,8 @@ def load_rows(
     """The rows of one file or table. `labels=False` accepts a table without a label column."""
     name = str(source)
     columns, table = open_table(source)
-    text_column = _column(name, columns, text, TEXT_NAMES, "text")
-    label_column = _column(name, columns, label, LABEL_NAMES, "label", needed=labels)
+    text_column = column_of(name, columns, text, TEXT_NAMES, "text")
+    label_column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
     texts: list[str] = []
     found: list[str] = []
     lines: list[int] = []
@@ -86,9 +86,10 @@ def load_rows(
     return Rows(tuple(texts), tuple(found) if label_column else None, name, tuple(lines))
 
 
-def _column(
+def column_of(
     source: str, columns: list[str], wanted: str | None, usual: tuple[str, ...], noun: str, needed: bool = True
 ) -> str:
+    """The column that is wanted, or the first with a usual name; "" if there is none and it need not be."""
     if wanted is not None:
         if wanted not in columns:
             raise DataError(f"'{source}' has no column '{wanted}'{nearest(wanted, columns)}")

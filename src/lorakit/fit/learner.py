@@ -70,6 +70,7 @@ class Learner:
 
         NotFiniteError if the loss is not finite.
         """
+        examples = examples.for_step(indices, self.settings.seed)
         n_labels, total, n_tokens = max(1, examples.n_labels(indices)), 0.0, 0
         own = self.workers.share(indices, [examples.lengths[i] for i in indices], bool(self.prefixes))
         self.flat.clear()

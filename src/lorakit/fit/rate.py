@@ -65,6 +65,8 @@ def _pace(layer: LayerPlan) -> float:
 
 
 def _trains_base(learner: Learner, plan: Plan) -> bool:
+    if learner.task.from_scratch:
+        return False
     head = learner.task.head
     found = resolve_trained(learner.model, plan.trained)
     return any(p.dim() > 1 and not (head and name.startswith(f"{head}.")) for name, p in found.items())

@@ -31,8 +31,7 @@ from lorakit.fit.threads import threads_put_back
 from lorakit.fit.tokenised import tokenised
 from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
-from lorakit.rules import plan as make_plan
-from lorakit.tasks.base import Base, load_base
+from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure
 from lorakit.trunk import resolve_dtype
 from lorakit.trunk.memory import peak_resident
@@ -77,13 +76,13 @@ def fit(
 
     `model` is a name for `load_base` or a loaded Base, which is left as it was (with `consume` its frozen weights may
     stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits` (a file, rows in
-    memory ...), or its result. `task` is "classify" (one label for each text) or "generate" (a written answer to each
-    prompt). `plan` defaults to rank 8 on every matrix. `settings` are those of `lorakit.fit.settings.Settings`. With
-    `out`, a run directory is written; a run that was killed goes on with `resume=True` and ends with the very numbers
-    of an uninterrupted one. Started by torchrun, its processes share the work of every step, and the first writes.
-    `watch` is called with every Record and the total number of steps; before the first with one of kind "start", whose
-    values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`; and the first row as the model sees it,
-    `seen`.
+    memory ...), or its result. `task` is the name of one: "classify" (one label for each text), "generate" (a written
+    answer to each prompt) ... (docs/tasks). `plan` defaults to rank 8 on every matrix. `settings` are those of
+    `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a run that was killed goes on with
+    `resume=True` and ends with the very numbers of an uninterrupted one. Started by torchrun, its processes share the
+    work of every step, and the first writes. `watch` is called with every Record and the total number of steps; before
+    the first with one of kind "start", whose values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`;
+    and the first row as the model sees it, `seen`.
     """
     _refuse_other(model)
     kind: type[Task] = TASKS[task]
@@ -96,7 +95,7 @@ def fit(
     began = time.perf_counter()
     data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
     kind.refuse_other(data.train)
-    base = model if isinstance(model, Base) else load_base(str(model), head=kind.output)
+    base = model if isinstance(model, Base) else kind.base_for(str(model), data)
     goal = kind.of(data, base)
     parts = {
         name: tokenised(goal, rows, base.tokenizer, truncate=chosen.truncate)
@@ -149,7 +148,7 @@ def fit(
         "before": before,
         "test": metrics,
         "base_bytes": base_bytes,
-        "dtype": chosen.dtype,
+        "dtype": trunk.precision,
         "padded": trunk.why_padded,
         "uncompiled": reason(),
         "prefix": kept,
@@ -182,7 +181,7 @@ def _adapted(net: nn.Module, goal: Task, plan: Plan | None, seed: int) -> Iterat
     had_head = hasattr(net, head)
     goal.prepare(net)
     try:
-        entries = plan or make_plan(net, trained=(head,) if head else ())
+        entries = plan or goal.plan(net, trained=(head,) if head else ())
         if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
             entries = Plan(entries.layers, (*entries.trained, head), entries.note)
         attach(net, entries, seed=seed)

@@ -21,8 +21,9 @@ _NOTHING = 1e-4  # of the loss
 
 
 def named(goal: Task) -> dict[str, Any]:
-    """What a task is, as entries beside others: its name as `task`, and all else that it remembers."""
-    return {"task" if key == "name" else key: value for key, value in goal.note().items()}
+    """What a task is, as entries beside others: its name as `task`, and all else that it remembers for people."""
+    told = {key: value for key, value in goal.note().items() if key not in goal.untold}
+    return {"task" if key == "name" else key: value for key, value in told.items()}
 
 
 def notes(journal: Journal, settings: Settings, before: float, after: float) -> list[str]:

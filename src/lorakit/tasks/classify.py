@@ -210,9 +210,10 @@ def _f1(guess: Tensor, labels: Tensor, k: int) -> float | None:
     return None if true == 0 and said == 0 else 2 * hits / (said + true)
 
 
-def bootstrap(correct: Sequence[bool], n_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(correct: Sequence[float], n_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean by the percentile bootstrap over examples (Efron, 1979)."""
     values = np.asarray(correct, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_draws, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    generator = np.random.default_rng(seed)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(n_draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from lorakit.data.batches import Examples, Tokens
 from lorakit.data.rows import Part, Splits
 from lorakit.errors import DataError
+from lorakit.plan import Plan
 from lorakit.registry import Registry
+from lorakit.rules import Rules
+from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.trunk import Trunk
 
@@ -43,6 +46,8 @@ class Task(ABC):
     options: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `predict`
     peft_task: ClassVar[str] = ""  # PEFT's task_type
     try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with
+    untold: ClassVar[tuple[str, ...]] = ()  # entries of `note` that are not for people to read
+    from_scratch: bool = False  # the base knows nothing yet, and learns as a whole
     coupled: ClassVar[bool] = False  # the loss looks at all examples of a step together: see `coupled_loss`
 
     # ---------------------------------------------------------------- before there is one
@@ -62,6 +67,16 @@ class Task(ABC):
     @abstractmethod
     def asked(cls, given: Sequence[Any]) -> Part:
         """Rows to predict from Python values."""
+
+    @classmethod
+    def base_for(cls, name: str, data: Splits[Any] | None, **wishes: Any) -> Base:
+        """The base of this name, to be trained on these rows."""
+        return load_base(name, head=cls.output, **wishes)
+
+    @classmethod
+    def plan(cls, model: nn.Module, rank: int = 8, layers: Rules | None = None, **rules: Any) -> Plan:
+        """What learns, by the rules of `lorakit.plan`; every matrix where `layers` says nothing."""
+        return make_plan(model, rank, layers or "all-linear", **rules)
 
     @classmethod
     @abstractmethod

@@ -61,7 +61,7 @@ class Trunk:
         self.model = model
         self.head = head
         self._body: nn.Module = getattr(model, "base_model", model)  # of a causal LM, what comes before its head
-        self.dtype = DTYPES[dtype]
+        self.precision, self.dtype = dtype, DTYPES[dtype]
         self.pad = pad
         self.why_padded = ""
         self.groups: Groups | None = None
