@@ -126,7 +126,7 @@ def fit(
             with Journal(learner, place, resume, identity, settled) as journal:
                 state = journal.state
                 if watch is not None:
-                    seen = goal.seen(parts["train"], 0, base.tokenizer)
+                    seen = goal.preview(parts["train"], 0, base.tokenizer)
                     watch(Record("start", state.step, state.epoch, {**memory, "seen": seen}), n_steps)
                 for record in train(learner, parts["train"], parts["valid"], state):
                     journal.add(record)

@@ -92,9 +92,9 @@ def predict(
 ) -> list[Any]:
     """The answer to each text, in order, as the task gives it: a Prediction (classify), a Generation (generate) ...
 
-    `given` are texts (or what else the task is asked: lists of messages, users ...), or rows that were read. `base` saves
-    loading the base again. `watch` is called with how many are done, and of how many. `options` are those of the task;
-    `generate` takes max_new_tokens, temperature and seed.
+    `given` are texts (or what else the task is asked: lists of messages, users ...), or rows that were read. `base`
+    saves loading the base again. `watch` is called with how many are done, and of how many. `options` are those of the
+    task; `generate` takes max_new_tokens, temperature and seed.
     """
     if not len(given):
         raise DataError("there is no text to predict")

@@ -128,7 +128,7 @@ class Generate(Task):
         reads = tuple(tuple(place - 1 for place in text.learned) for text in texts)
         return Tokens(tuple(text.ids for text in texts), labels, reads, lines, tokenizer.pad_token_id or 0)
 
-    def seen(self, examples: Tokens, number: int, tokenizer: Any) -> str:
+    def preview(self, examples: Tokens, number: int, tokenizer: Any) -> str:
         """A text, what is learned of it between « and »."""
         ids, learned = examples.ids[number], {int(place) + 1 for place in examples.reads[number]}
         pieces = groupby(range(len(ids)), key=learned.__contains__)

@@ -106,7 +106,7 @@ class Task(ABC):
     def examples(self, rows: Any, tokenizer: Any, *, truncate: bool) -> Examples:
         """All rows, ready for the model. DataError names every row that cannot be used."""
 
-    def seen(self, examples: Any, number: int, tokenizer: Any) -> str:
+    def preview(self, examples: Any, number: int, tokenizer: Any) -> str:
         """One example as the model sees it, for people; "" where that cannot be written."""
         if not isinstance(examples, Tokens):
             return ""
