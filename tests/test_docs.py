@@ -11,10 +11,11 @@ import pytest
 from lorakit.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
-TASKS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs" / "tasks").glob("*.md"))
+PAGES = ["README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md"]
+PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "tasks").glob("*.md"))
 BLOCKS = [
     (file, number, block)
-    for file in ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md", *TASKS)
+    for file in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S))
 ]
 
@@ -65,11 +66,11 @@ def test_the_file_tree_of_the_readme_names_what_is_there():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_no_page_names_a_path_of_a_machine():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "dev").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md")]:
         assert not re.search(r"(^|[^\w.])/(root|home|work|Users)/", page.read_text(encoding="utf-8")), page

@@ -10,7 +10,8 @@ from lorakit.data.batches import Tokens
 from lorakit.data.rows import Rows
 from lorakit.errors import LorakitError, UsageError
 from lorakit.tasks.base import load_base
-from lorakit.tasks.classify import Classify, bootstrap, mean_of_segments
+from lorakit.tasks.classify import Classify, mean_of_segments
+from lorakit.tasks.intervals import bootstrap
 from lorakit.trunk import Segments
 
 

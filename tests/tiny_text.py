@@ -27,7 +27,9 @@ def tiny_bert(path: Path, seed: int = 0, max_length: int = 24) -> Path:
     corpus = [" ".join(words) for words in WORDS.values()] + ["i like the and a very much"]
     tokenizer.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -11,6 +11,8 @@ TASK_WORDS = {
     "classify": "one label for each text",
     "generate": "a written answer to each prompt",
     "recommend": "items for each user, by what users had",
+    "tag": "one tag for each word",
+    "answer": "the answer to a question, found in a text",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
@@ -22,6 +24,11 @@ COLUMNS = {  # each task says which of them it reads
     "item": "items",
     "rating": "ratings, and the least that counts: '>=4' or 'stars>=4'",
     "time": "times",
+    "words": "words",
+    "tags": "tags",
+    "question": "questions",
+    "context": "texts that hold the answers",
+    "begin": "characters at which answers begin",
 }
 BASE_HELP = (
     "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "

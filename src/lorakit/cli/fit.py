@@ -1,10 +1,9 @@
 """Train an adapter on your rows, keep the best by the validation rows, prove it on the test rows.
 
 DATA is a CSV, TSV, JSON Lines, JSON (all four also gzip-ed) or Parquet file, a directory with train/valid/test files, a
-Hugging Face dataset directory, or demo:support. --task classify takes texts and labels; --task generate takes prompts
-and answers, Alpaca's instruction/input/output, or lists of messages (also ShareGPT's); --task recommend takes users and
-items. Parts that are not given are split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT
-reads too), records.jsonl, curve.png and summary.json.
+Hugging Face dataset directory, or demo:support; what each task reads, and in which shapes, is in docs/tasks. Parts that
+are not given are split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT reads too),
+records.jsonl, curve.png and summary.json.
 
 Started by torchrun, several processes share the work of every step and end as one would.
 

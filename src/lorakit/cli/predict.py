@@ -1,4 +1,4 @@
-"""Answer texts with a fitted adapter: label them, or write what they ask for.
+"""Answer texts with a fitted adapter: label them, tag their words, find or write what they ask for.
 
 example: lorakit predict runs/demo --say "Where is my parcel?" --say "I want my money back"
 """

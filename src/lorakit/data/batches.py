@@ -71,7 +71,7 @@ class Examples(ABC):
 class Tokens(Examples):
     """Token ids of every text; what is to be learned of each; and which of its tokens are read for that.
 
-    `labels[i]` are the labels of text i and `reads[i]` as many places in it whose hidden state answers them; empty
+    `labels[i]` are the labels of text i and `reads[i]` the places in it (rising) whose hidden states answer them; empty
     `reads` means that all tokens are read together (pooled by their mean). `each` texts that follow each other make one
     example (a pair, a triple), which has a line of its own. `types`, where given, are the token types of every text
     (BERT: first or second of two).
@@ -143,6 +143,14 @@ class TextBatch(Batch):
     def n_tokens(self) -> int:
         """Tokens, of which none is padding."""
         return self.ids.numel()
+
+    @property
+    def n_reads(self) -> list[int]:
+        """How many rows of each text are read."""
+        if self.reads is None:
+            return [int(n) for n in self.segments.lengths]
+        counts: list[int] = torch.bincount(self.segments.owners()[self.reads], minlength=len(self.segments)).tolist()
+        return counts
 
     def hidden(self, trunk: Any, prefix: Any = None) -> Tensor:
         """States of all tokens, or only of those that are read: `(tokens or reads, d)`."""

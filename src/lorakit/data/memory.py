@@ -73,7 +73,13 @@ def _of_columns(columns: Mapping[Any, Any], name: str) -> Memory:
 
 def _named(rows: list[dict[str, Any]], features: Any) -> list[dict[str, Any]]:
     """Numbers of labels as the names that a Dataset's features have for them."""
-    names = {column: feature.names for column, feature in features.items() if getattr(feature, "names", None)}
-    return [
-        {k: names[k][v] if k in names and isinstance(v, int) and v >= 0 else v for k, v in row.items()} for row in rows
-    ]
+    single = {column: getattr(feature, "feature", feature) for column, feature in features.items()}  # of a list
+    names = {column: feature.names for column, feature in single.items() if getattr(feature, "names", None)}
+    return [{k: by_name(v, names[k]) if k in names else v for k, v in row.items()} for row in rows]
+
+
+def by_name(value: Any, names: Sequence[str]) -> Any:
+    """The name of a label's number, or of each in a list."""
+    if isinstance(value, list):
+        return [by_name(each, names) for each in value]
+    return names[value] if isinstance(value, int) and value >= 0 else value

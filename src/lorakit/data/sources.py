@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lorakit.data.memory import Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
-from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table
+from lorakit.data.tables import DEMO, SUFFIXES, open_table
 from lorakit.errors import DataError, listed, nearest
 
 TEXT_NAMES = ("text", "sentence", "content", "message", "utterance", "query", "question", "review")
@@ -118,13 +118,10 @@ def _parts(data: str | Path) -> dict[str, Any]:
     for part, names in _PARTS.items():
         for candidate in names:
             files = [path / f"{candidate}{suffix}" for suffix in SUFFIXES] + [path / candidate]
+            files += sorted(path.glob(f"{candidate}.*"))
             hit = next((file for file in files if file.exists()), None)
             if hit is not None:
                 found.setdefault(part, hit)
-    if not found and not is_dataset(path):
-        raise DataError(
-            f"'{path}' holds no train.csv, train.jsonl or train.parquet, and is no Hugging Face dataset directory"
-        )
     if found and "train" not in found:
         raise DataError(f"'{path}' holds {', '.join(str(part) for part in found.values())} and no training part")
     return found

@@ -9,11 +9,12 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.memory import Memory
+from lorakit.data.memory import Memory, by_name
 from lorakit.errors import DataError, MissingExtraError, listed, nearest
 
 DEMO = "demo:"
@@ -31,17 +32,35 @@ def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
     path = Path(source)
     if path.is_dir():
         if not is_dataset(path):
-            raise DataError(f"'{path}' is a directory without data_*.arrow files; name a file in it")
+            raise DataError(
+                f"'{path}' holds no train.csv, train.jsonl or train.parquet, and is no Hugging Face dataset directory"
+            )
         return _read_arrow(path)
     if not path.exists():
         raise DataError(f"'{path}' does not exist")
     reader = _READERS.get(_suffix(path))
     if reader is None:
         raise DataError(f"'{path}': files ending in '{_suffix(path)}' are not read; use {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"'{path}' is empty")
-    try:
+    with _named(path):
         return reader(path)
+
+
+def read_text(source: str | Path) -> str:
+    """All text of a file, unpacked where its name ends in .gz. DataError names the file and the way out."""
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist")
+    with _named(path):
+        return _text(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within the block, what is wrong with this file becomes a DataError."""
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"'{path}' is empty")
+        yield
     except UnicodeDecodeError as error:
         raise DataError(
             f"'{path}' is not UTF-8 text ({error}); save it as UTF-8, or check that it is the right file"
@@ -166,9 +185,7 @@ def _read_arrow(path: Path) -> tuple[list[str], Table]:
     columns, rows = _rows_of(table)
     if not names:
         return columns, rows
-    return columns, (
-        (n, {k: names[k][v] if k in names and isinstance(v, int) else v for k, v in row.items()}) for n, row in rows
-    )
+    return columns, ((n, {k: by_name(v, names[k]) if k in names else v for k, v in row.items()}) for n, row in rows)
 
 
 def _label_names(path: Path) -> dict[str, list[str]]:
@@ -176,9 +193,13 @@ def _label_names(path: Path) -> dict[str, list[str]]:
     if not info.is_file():
         return {}
     features = json.loads(info.read_text(encoding="utf-8")).get("features") or {}
+    single = {
+        column: feature["feature"] if isinstance(feature, dict) and feature.get("feature") else feature  # of a list
+        for column, feature in features.items()
+    }
     return {
         column: feature["names"]
-        for column, feature in features.items()
+        for column, feature in single.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
     }
 

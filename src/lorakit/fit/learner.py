@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
@@ -273,8 +274,14 @@ def scores_of(
         order.extend(batch.examples)
         if watch is not None:
             watch(len(order), len(own))
-    made = workers.gather((order, torch.cat(found) if found else None))
-    scores = torch.cat([part for _, part in made if part is not None])
+    made = workers.gather((order, _stacked(found) if found else None))
+    scores = _stacked([part for _, part in made if part is not None])
     result = torch.empty_like(scores)
     result[[i for share, _ in made for i in share]] = scores
     return result
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Below each other: `(rows, k)` each, filled up with NaN to the widest."""
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, widest - part.shape[1]), value=math.nan) for part in parts])

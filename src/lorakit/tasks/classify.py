@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from lorakit.data.rows import Rows, Splits
 from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
+from lorakit.tasks.heads import give_head
+from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
 from lorakit.trunk import Segments
 
@@ -105,21 +106,7 @@ class Classify(Task):
         It begins at zero: every label equally probable, so nothing is known before training and the first loss is
         `ln(labels)`.
         """
-        head = getattr(model, HEAD, None)
-        if isinstance(head, nn.Linear) and head.out_features == len(self.labels):
-            return
-        if head is not None:
-            raise UsageError(
-                f"this {type(model).__name__} has a '{HEAD}' of its own that does not give {len(self.labels)} labels; "
-                "pass the bare trunk (AutoModel)"
-            )
-        width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        fresh = nn.Linear(width, len(self.labels))
-        with torch.no_grad():
-            fresh.weight.zero_()
-            fresh.bias.zero_()
-        parameter = next(model.parameters())
-        model.add_module(HEAD, fresh.to(parameter.device, parameter.dtype))
+        give_head(model, HEAD, len(self.labels))
 
     def examples(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids of all rows, one label each (-100 where it is unknown)."""
@@ -208,12 +195,3 @@ def _f1(guess: Tensor, labels: Tensor, k: int) -> float | None:
     hits = int(((guess == k) & (labels == k)).sum())
     said, true = int((guess == k).sum()), int((labels == k).sum())
     return None if true == 0 and said == 0 else 2 * hits / (said + true)
-
-
-def bootstrap(correct: Sequence[float], n_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean by the percentile bootstrap over examples (Efron, 1979)."""
-    values = np.asarray(correct, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(n_draws)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, has_plain_logits, head_of, summed_loss
 from lorakit.tasks.decode import Spoken, continued
+from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
 from lorakit.tasks.template import Template, Text
 
@@ -270,10 +270,6 @@ def cut(text: Text, max_length: int, bos: int | None = None) -> Text:
     return Text(kept + text.ids[begin:end], learned, text.answer + moved)
 
 
-def mean_interval(scores: Tensor, n_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the loss of a token, by the percentile bootstrap over texts (Efron, 1979)."""
-    sums = scores[:, :2].double().numpy()
-    draws = np.random.default_rng(seed).integers(0, len(sums), (n_draws, len(sums)))
-    losses = np.concatenate([(part := sums[chunk].sum(1))[:, 0] / part[:, 1] for chunk in np.array_split(draws, 20)])
-    low, high = np.quantile(losses, [0.025, 0.975])
-    return float(low), float(high)
+def mean_interval(scores: Tensor) -> tuple[float, float]:
+    """95 % interval of the loss of a token, over texts."""
+    return bootstrap(scores[:, :2], lambda sums: sums[:, 0] / sums[:, 1])

@@ -30,7 +30,7 @@ from lorakit.plan import Plan
 from lorakit.rules import Rules
 from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base
-from lorakit.tasks.classify import bootstrap
+from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.tables import (
     NEW,
     Tables,

@@ -119,7 +119,8 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, model: nn.Module, hidden: Any, batch: Any) -> Tensor:
-        """What the metrics need of each example: `(examples, k)`, float32."""
+        """What the metrics need of each example: `(examples, k)`, float32. Where `k` differs from pass to pass, rows
+        are filled up with NaN."""
 
     def coupled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The sum of the losses of a whole step, by the scores `(examples, k)` of all its examples and their labels

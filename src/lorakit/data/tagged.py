@@ -1,0 +1,240 @@
+"""Tagged words: texts cut into words, and one tag for each; and the forms in which files hold them.
+
+| form | how |
+|---|---|
+| CoNLL | a word a line, its tag in the last column (tabs or spaces), an empty line between texts; also as .tsv |
+| slots | a directory with `seq.in` and `seq.out`: words, and as many tags, of one text a line (Snips, ATIS) |
+| table | columns `words` and `tags` (see WORDS, TAGS): lists, lists as JSON, or texts that white space cuts |
+
+In a CoNLL file columns are called by their number: "1" is the first. Lines `-DOCSTART-` and comments (`# ... = ...`) do
+not count.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.memory import Memory
+from lorakit.data.rows import Part
+from lorakit.data.sources import column_of
+from lorakit.data.spans import completed, scheme_of
+from lorakit.data.tables import SUFFIXES, open_table, read_text
+from lorakit.errors import DataError, listed
+
+WORDS = ("words", "tokens", "text", "sentence")
+TAGS = ("tags", "ner_tags", "labels", "slots", "pos_tags")
+_IN, _OUT = "seq.in", "seq.out"
+
+Sentence = tuple[int, list[str], list[str] | None]  # row number, words, tags
+
+
+@dataclass(frozen=True)
+class Tagged(Part):
+    """`words` of every text and, where known, as many `tags`."""
+
+    words: tuple[tuple[str, ...], ...]
+    tags: tuple[tuple[str, ...], ...] | None
+    source: str
+    lines: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        kinds = f", {len(self.known)} tags" if self.tags is not None else ", no tags"
+        return f"Tagged({len(self)} texts{kinds}, '{self.source}')"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The texts."""
+        return tuple(" ".join(words) for words in self.words)
+
+    @property
+    def known(self) -> set[str]:
+        """All tags that occur."""
+        return {tag for tags in self.tags or () for tag in tags}
+
+    def take(self, indices: Sequence[int]) -> "Tagged":
+        """The rows at these positions."""
+        tags = tuple(self.tags[i] for i in indices) if self.tags is not None else None
+        return Tagged(tuple(self.words[i] for i in indices), tags, self.source, tuple(self.lines[i] for i in indices))
+
+    def digest(self) -> str:
+        """A hash of words and tags, in their order."""
+        return hashlib.sha256(json.dumps([self.words, self.tags]).encode()).hexdigest()[:16]
+
+    def about(self) -> str:
+        """How many tags, and the first row."""
+        first = " ".join(f"{word}/{tag}" for word, tag in zip(self.words[0], (self.tags or ((),))[0]))
+        return f"{len(self.known)} tags; first row: {first[:90]}"
+
+    def faults(self, valid: "Tagged", test: "Tagged") -> list[str]:
+        """Tags must be everywhere, in one scheme, of more than one kind, and of no type that training has not seen."""
+        faults = [f"'{part.source}' has no tags" for part in (self, valid, test) if part.tags is None]
+        if faults:
+            return faults
+        if len(self.known) < 2:
+            return [f"'{self.source}' has one tag only ('{next(iter(self.known))}'); at least two are needed to learn"]
+        try:
+            scheme_of(self.known | valid.known | test.known)
+        except DataError as error:
+            return [f"'{self.source}': {error}"]
+        way = "does not occur in the training rows; add examples of it there, or remove the row"
+        known = completed(self.known)
+        return [fault for part in (valid, test) for fault in part.unseen(known, way)]
+
+    def unseen(self, known: Sequence[str], way: str) -> list[str]:
+        """A line for each tag that is not among those `known`; `way` says what that means."""
+        seen = set(known)
+        return [
+            f"'{self.source}' row {line}: tag '{tag}' {way}"
+            for line, tags in zip(self.lines, self.tags or ())
+            for tag in dict.fromkeys(tags)
+            if tag not in seen
+        ]
+
+
+def make_tagged(given: Sequence[str | Sequence[str]], source: str = "texts") -> Tagged:
+    """Texts without tags from Python values: a text, which white space cuts, or its words.
+
+    >>> make_tagged(["play some jazz", ["New York", "rocks"]]).words
+    (('play', 'some', 'jazz'), ('New York', 'rocks'))
+    """
+    faults: list[str] = []
+    cut = [(k, _cut(one, f"row {k}: it", faults), None) for k, one in enumerate(given, 1)]
+    return _checked(source, cut, faults)
+
+
+def load_tagged(
+    source: str | Path | Memory, *, words: str | None = None, tags: str | None = None, answers: bool = True
+) -> Tagged:
+    """The texts of one file, table or directory of slots; `words` and `tags` name columns.
+
+    `answers=False` reads no tags, and takes what has none. DataError names every row that cannot be used, and why.
+    """
+    place, faults = None if isinstance(source, Memory) else Path(source), list[str]()
+    if place and (place / _IN).is_file():
+        found = _slots(place, answers, faults)
+    elif place and _is_conll(place):
+        found = _conll(place, words, tags, answers, faults)
+    else:
+        found = _table(source, words, tags, answers, faults)
+    return _checked(str(source), list(found), faults)
+
+
+def _checked(source: str, found: Sequence[Sentence], faults: list[str]) -> Tagged:
+    for line, said, marks in found:
+        if not said or marks == []:
+            if not any(fault.startswith(f"row {line}:") for fault in faults):
+                faults.append(f"row {line}: it has no words")
+        elif marks is not None and len(marks) != len(said):
+            faults.append(f"row {line}: {len(said)} words and {len(marks)} tags; each word needs one")
+        elif any("\x00" in word for word in said):
+            faults.append(f"row {line}: a word has a NUL character; the file is not text")
+    if faults:
+        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+    if not found:
+        raise DataError(f"'{source}' has no rows")
+    known = all(marks is not None for _, _, marks in found)
+    words = tuple(tuple(said) for _, said, _ in found)
+    tags = tuple(tuple(said or ()) for _, _, said in found)
+    return Tagged(words, tags if known else None, source, tuple(line for line, _, _ in found))
+
+
+def _slots(place: Path, answers: bool, faults: list[str]) -> Iterator[Sentence]:
+    texts = read_text(place / _IN).rstrip("\n").split("\n")
+    if not answers:
+        yield from ((k, text.split(), None) for k, text in enumerate(texts, 1))
+        return
+    tags = read_text(place / _OUT).rstrip("\n").split("\n")
+    if len(tags) != len(texts):
+        faults.append(f"{_IN} has {len(texts)} lines and {_OUT} {len(tags)}; each text needs a line of tags")
+    yield from ((k, text.split(), found.split()) for k, (text, found) in enumerate(zip(texts, tags), 1))
+
+
+def _is_conll(place: Path) -> bool:
+    """Whether it is no table: another ending; or tab-separated with empty lines and no header that we know."""
+    if not place.is_file():
+        return False
+    name = place.name.lower().removesuffix(".gz")
+    if not name.endswith(".tsv"):
+        return not name.endswith(tuple(SUFFIXES))
+    text = read_text(place)
+    header = {column.strip().lower() for column in text.split("\n", 1)[0].split("\t")}
+    return bool(re.search(r"\n[ \t\r]*\n", text.strip())) and not header & {*WORDS, *TAGS}
+
+
+def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faults: list[str]) -> Iterator[Sentence]:
+    lines = [line.rstrip("\r") for line in read_text(place).split("\n")]
+    rows = [(k, re.split("\t" if "\t" in line else "[ \t]+", line.strip(" \r"))) for k, line in enumerate(lines, 1)]
+    real = [(k, fields) for k, fields in rows if any(fields) and fields[0] != "-DOCSTART-"]
+    n_fields = next((len(fields) for _, fields in real if not fields[0].startswith("#")), 1)
+    if answers and n_fields < 2:
+        raise DataError(f"'{place}' row {real[0][0] if real else 1}: a word and no tag; a line is a word and its tag")
+    word = _number(place, words, n_fields, 0)
+    tag = _number(place, tags, n_fields, n_fields - 1) if answers else None
+    sentence: list[tuple[int, list[str]]] = []
+    for k, fields in [*rows, (len(rows) + 1, [""])]:
+        if not any(fields) or fields[0] == "-DOCSTART-":
+            if sentence:
+                found = [each for _, each in sentence]
+                said = [each[tag] for each in found] if tag is not None else None
+                yield sentence[0][0], [each[word] for each in found], said
+            sentence = []
+        elif _is_comment(fields, n_fields):
+            continue
+        elif len(fields) != n_fields or not fields[word].strip() or (tag is not None and not fields[tag].strip()):
+            faults.append(f"row {k}: {_few(fields)}, where other lines have {n_fields} columns")
+        else:
+            sentence.append((k, fields))
+
+
+def _is_comment(fields: Sequence[str], n_fields: int) -> bool:
+    """Not a tagged "#", nor a tagged "#word"."""
+    told = fields[0] == "#" and any("=" in field for field in fields)
+    return fields[0].startswith("#") and (len(fields) != n_fields or told)
+
+
+def _number(place: Path, wanted: str | None, n_fields: int, usual: int) -> int:
+    if wanted is None:
+        return usual
+    if not wanted.isdigit() or not 1 <= int(wanted) <= n_fields:
+        raise DataError(f"'{place}' has no column '{wanted}'; its columns are called 1 to {n_fields}")
+    return int(wanted) - 1
+
+
+def _table(
+    source: str | Path | Memory, words: str | None, tags: str | None, answers: bool, faults: list[str]
+) -> Iterator[Sentence]:
+    columns, table = open_table(source)
+    asked = column_of(str(source), columns, words, WORDS, "words")
+    said = column_of(str(source), columns, tags, TAGS, "tags") if answers else None
+    for line, row in table:
+        found = _cut(row.get(asked), f"row {line}: column '{asked}'", faults)
+        yield line, found, _cut(row.get(said), f"row {line}: column '{said}'", faults) if said else None
+
+
+def _cut(value: Any, place: str, faults: list[str]) -> list[str]:
+    """Words or tags: a list, a list as JSON, or a text. [] and a fault if it is none, or has an empty one."""
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            faults.append(f"{place} is no list in JSON ({error.msg})")
+            return []
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    found = value.split() if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(one, str | int) for one in found):
+        faults.append(f"{place} is {repr(value)[:40]}; it must be a list of words, or a text")
+        return []
+    words = [str(one).strip() for one in found]
+    if not all(words) or not words:
+        faults.append(f"{place} is empty" if not words else f"{place} has an empty word: {repr(found)[:60]}")
+        return []
+    return words
+
+
+def _few(fields: Sequence[str]) -> str:
+    return f"{len(fields)} column{'s' if len(fields) != 1 else ''} ({' '.join(fields)[:40]!r})"
