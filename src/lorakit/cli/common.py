@@ -13,6 +13,7 @@ TASK_WORDS = {
     "recommend": "items for each user, by what users had",
     "tag": "one tag for each word",
     "answer": "the answer to a question, found in a text",
+    "translate": "from a text to a text by an encoder-decoder",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
@@ -29,6 +30,8 @@ COLUMNS = {  # each task says which of them it reads
     "question": "questions",
     "context": "texts that hold the answers",
     "begin": "characters at which answers begin",
+    "source": "texts to translate, summarise or rewrite",
+    "target": "texts they become",
 }
 BASE_HELP = (
     "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "

@@ -10,6 +10,7 @@ Started by torchrun, several processes share the work of every step and end as o
 example: lorakit fit minilm demo:support --out runs/demo
          lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
          lorakit fit new:64 ratings.csv --task recommend --out runs/base --batch-size 1024
+         lorakit fit google-t5/t5-small news.csv --task translate --source-prefix "summarize: " --out runs/short
          torchrun --nproc-per-node 2 -m lorakit fit minilm demo:support --out runs/two
 """
 
@@ -74,6 +75,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="classify", help=TASK_HELP)
     parser.add_argument("--pool", help="classify: mean, cls or last (as the base wants)")
     parser.add_argument("--template", help="generate: auto (default: the base's chat template, if any) or plain (ours)")
+    parser.add_argument("--source-prefix", metavar="TEXT", help="translate: text in front of every source")
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
     parser.add_argument("--settings", metavar="FILE", help="TOML file with the settings below, same names")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out that was interrupted")
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> Reply:
     if speaks():
         claim(Path(args.out), args.resume, args.overwrite)
     task = TASKS[args.task]
-    columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template"), task.wishes)
+    columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template", "source_prefix"), task.wishes)
     seed = settings.get("seed", 0)
     data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
     if args.plan and plan_flags_given(args):

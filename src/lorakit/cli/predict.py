@@ -10,7 +10,8 @@ from lorakit.cli import Reply
 from lorakit.cli.common import bar, columns_for, data_arguments, flags_for, say
 
 _OPTIONS = {
-    "max-new-tokens": (int, "generate: most tokens of an answer (default 256)"),
+    "max-new-tokens": (int, "generate, translate: most tokens of an answer (default 256)"),
+    "beams": (int, "translate: beams of the search, 1 (default) for none"),
     "temperature": (float, "generate: 0 (default) for the most probable answer, above it one is drawn"),
     "k": (int, "recommend: most items for each user (default 10)"),
     "seed": (int, "generate: of what is drawn (default 0)"),

@@ -5,6 +5,7 @@ from lorakit.data.questions import Questions, load_questions
 from lorakit.data.rows import Part, Rows, Splits
 from lorakit.data.sources import load_rows, load_splits
 from lorakit.data.tagged import Tagged, load_tagged
+from lorakit.data.translations import Translations, load_translations
 
 __all__ = [
     "Dialogues",
@@ -13,10 +14,12 @@ __all__ = [
     "Rows",
     "Splits",
     "Tagged",
+    "Translations",
     "Turn",
     "load_dialogues",
     "load_questions",
     "load_rows",
     "load_splits",
     "load_tagged",
+    "load_translations",
 ]

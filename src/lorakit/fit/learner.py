@@ -190,7 +190,7 @@ class Learner:
         """Lets the frozen blocks run once for every text; says what is kept, and where, or why not."""
         wish, depth = self.settings.prefix, self.trunk.depth
         if wish == "off" or depth == 0:
-            return "off" if depth else "off: something learns in the first block"
+            return "off" if depth else f"off: {self.trunk.why_shallow}"
         if self.settings.epochs == 1:
             return "off: every row is seen once"
         size = sum(self.trunk.prefix_size(examples.text_lengths) for examples in parts.values())

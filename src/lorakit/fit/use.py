@@ -50,8 +50,8 @@ def load_base_of(adapter: Adapter, name: str | None = None) -> Base:
     note = adapter.meta.get("task")
     if note:
         return task_of(note).load_base(place)
-    writes = (adapter.meta.get("peft") or {}).get("task_type") == "CAUSAL_LM"
-    return load_base(place, head="causal" if writes else "none")
+    heads = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
+    return load_base(place, head=heads.get((adapter.meta.get("peft") or {}).get("task_type", ""), "none"))
 
 
 Watch = Callable[[int, int], object]  # how many are done, of how many

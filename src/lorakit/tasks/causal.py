@@ -5,6 +5,9 @@ Most models multiply the last hidden state by one matrix; that is computed witho
 adapted or trained: then the rows go through the model's own code behind its body. Which it is, is proved, not known.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from lorakit.attach.kernels.labels import label_loss, label_scores
 from lorakit.errors import UsageError
 
+Logits = Callable[[Tensor], Tensor]  # hidden states (n, d) -> (n, o)
 _ROWS = 1024  # of logits at once, where the model computes them itself
 _TRIAL = 10  # tokens
 _TOLERANCE = 1e-4  # of the largest value, in float32: the same sums in another order
@@ -32,7 +36,7 @@ def has_plain_logits(model: nn.Module) -> bool:
     other = ids.clone()
     other[-1] = (other[-1] + 1) % len(embeddings)
     hidden, changed = (body(input_ids=x[None]).last_hidden_state[0].float() for x in (ids, other))
-    if _differ(hidden[:-1], changed[:-1]):
+    if differ(hidden[:-1], changed[:-1]):
         raise UsageError(
             f"this {type(model).__name__} is no decoder: a token in it sees those that come after it, so it would "
             "learn to copy and not to write; take a base that was made to write text"
@@ -41,10 +45,11 @@ def has_plain_logits(model: nn.Module) -> bool:
         return False
     bias = None if head.bias is None else head.bias.float()
     logits = model(input_ids=ids[None]).logits[0].float()
-    return not _differ(F.linear(hidden, head.weight.float(), bias), logits)
+    return not differ(F.linear(hidden, head.weight.float(), bias), logits)
 
 
-def _differ(x: Tensor, y: Tensor) -> bool:
+def differ(x: Tensor, y: Tensor) -> bool:
+    """Whether they are more apart than the order of sums makes them."""
     return float((x - y).abs().max()) > _TOLERANCE * max(1.0, float(y.abs().max()))
 
 
@@ -65,9 +70,14 @@ def summed_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -
     labels = labels.to(hidden.device)
     if plain and not head._modules:
         return label_loss(hidden, head.weight, labels, head.bias)
+    return summed_by(partial(own_logits, model), hidden, labels)
+
+
+def summed_by(logits_of: Logits, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The same by a function that makes logits of hidden states."""
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS)):
-        total = total + F.cross_entropy(own_logits(model, part).float(), wanted, reduction="sum")
+        total = total + F.cross_entropy(logits_of(part).float(), wanted, reduction="sum")
     return total
 
 
@@ -78,9 +88,15 @@ def each_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> 
     labels = labels.to(hidden.device)
     if plain and not head._modules:
         return label_scores(hidden, head.weight, labels, head.bias)
+    return each_by(partial(own_logits, model), hidden, labels)
+
+
+@torch.no_grad()
+def each_by(logits_of: Logits, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The same by a function that makes logits of hidden states."""
     found = []
     for part, wanted in zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS)):
-        logits = own_logits(model, part).float()
+        logits = logits_of(part).float()
         loss = F.cross_entropy(logits, wanted, reduction="none")
         found.append(torch.stack([loss, (logits.argmax(-1) == wanted).float()], -1))
     return torch.cat(found)
@@ -88,17 +104,23 @@ def each_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> 
 
 def own_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """`hidden (n, d)` -> `(n, o)` by the model's own forward, in which these stand for what its body gives."""
-    body: Any = model.base_model
+    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    with stand_for(model.base_model, hidden):  # type: ignore[arg-type]
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0]
+
+
+@contextmanager
+def stand_for(body: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Within the block, these hidden states `(n, d)` are what the module gives, whatever it is called with."""
     before = body.__dict__.get("forward")
     body.__dict__["forward"] = lambda *_, **__: _Given(hidden[None])
     try:
-        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        yield
     finally:
         del body.__dict__["forward"]
         if before is not None:
             body.__dict__["forward"] = before
-    return logits[0]
 
 
 class _Given:

@@ -1,4 +1,7 @@
-"""Writing on: what a causal language model says after given tokens, through Transformers' own `generate`."""
+"""Writing: what a causal language model says after given tokens, and what an encoder-decoder makes of them.
+
+Both through Transformers' own `generate`.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lorakit.trunk import Segments
+from lorakit.trunk.blocks import stack_of
 
 _TOGETHER = 16  # texts that are continued in one batch
 
@@ -121,6 +127,43 @@ class _Stream:
 
     def end(self) -> None:
         pass
+
+
+@torch.no_grad()
+def rewritten(
+    model: Any,
+    sources: Sequence[Sequence[int]],
+    *,
+    start: int,
+    ends: Sequence[int],
+    pad: int,
+    most: int,
+    beams: int = 1,
+) -> list[tuple[list[int], bool]]:
+    """What an encoder-decoder makes of each source, without the token that ends it; and did one of `ends` end it?
+
+    At most `most` tokens. One beam takes the most probable token each time; more search. Of the base's own wishes those
+    are kept that say what may be written (the language that it must begin with, tokens that never stand in a text).
+    """
+    from transformers import GenerationConfig
+
+    own = {name: getattr(model.generation_config, name, None) for name in ("forced_bos_token_id", "bad_words_ids")}
+    kept = {name: value for name, value in own.items() if value is not None}
+    marks = {"decoder_start_token_id": start, "eos_token_id": list(ends), "pad_token_id": pad}
+    deep = len(stack_of(model.get_decoder())) > model.config.num_hidden_layers  # Transformers' cache has not so many
+    config = GenerationConfig(max_new_tokens=most, num_beams=beams, use_cache=not deep, **marks, **kept)
+    device = next(model.parameters()).device
+    found: list[tuple[list[int], bool]] = [([], False)] * len(sources)
+    order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
+    with _blank_wishes(model):
+        for part in (order[k : k + _TOGETHER] for k in range(0, len(order), _TOGETHER)):
+            flat = torch.tensor([token for i in part for token in sources[i]])
+            ids, mask = (x.to(device) for x in Segments.of([len(sources[i]) for i in part]).padded(flat, pad))
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(part, out[:, 1:].tolist()):
+                stop = next((place for place, token in enumerate(row) if token in ends), None)
+                found[i] = (row[:stop], stop is not None)
+    return found
 
 
 @contextmanager

@@ -4,28 +4,24 @@ Only answers are learned (tasks/template.py says which tokens those are): the hi
 them is read, and its loss is that of the next token. There is no head of its own; the base's writes.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.data.batches import Examples, TextBatch, Tokens
 from lorakit.data.dialogues import Dialogues, load_dialogues, make_dialogues
 from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
+from lorakit.tasks.answers import few_short, mean_interval, room_for, sums_of_texts, token_metrics, told_endings
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, has_plain_logits, head_of, summed_loss
 from lorakit.tasks.decode import Spoken, continued
-from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
 from lorakit.tasks.template import Template, Text
 
-_ASKED = 5  # held-out prompts that are tried after training
-_PATIENCE = 2, 16, 256  # tokens a tried answer gets: so many times the expected ones, and so many more; at most
 _SHARE = 4  # a cut text keeps at least a quarter of its room for what was asked
 
 
@@ -142,17 +138,12 @@ class Generate(Task):
     def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Of each text: summed loss, tokens of answers, how many of them were the most probable ones."""
         assert batch.reads is not None
-        each = each_loss(model, hidden, batch.labels, self.plain_logits).double().cpu()
-        each = torch.stack([each[:, 0], torch.ones(len(each), dtype=torch.float64), each[:, 1]], -1)
-        owners = batch.segments.owners()[batch.reads.cpu()]
-        sums = torch.zeros(len(batch.segments), 3, dtype=torch.float64).index_add(0, owners, each)
-        return sums.float()
+        each = each_loss(model, hidden, batch.labels, self.plain_logits)
+        return sums_of_texts(each, batch.segments.owners()[batch.reads.cpu()], len(batch.segments))
 
     def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
         """Loss (nats for each token of an answer, over all tokens), perplexity, share of tokens predicted right."""
-        loss, count, right = scores.double().sum(0).tolist()
-        mean = loss / count
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": right / count}
+        return token_metrics(scores)
 
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """A lower loss."""
@@ -220,14 +211,10 @@ class Generate(Task):
 
     def tried(self, base: Base, rows: Dialogues) -> dict[str, Any]:
         """Asks a handful of held-out prompts, of those with the shorter answers: do answers end by themselves?"""
-        sizes = [len(answer or "") for answer in rows.answers]
-        short = sorted(range(len(rows)), key=lambda i: (sizes[i], i))[: (len(rows) + 1) // 2]
-        n = min(_ASKED, len(short))
-        some = rows.take(sorted(short[k * len(short) // n] for k in range(n)))
+        some = rows.take(few_short([len(answer or "") for answer in rows.answers]))
         texts = Template(base.tokenizer, self.template).texts(some)
         expected = max(len(written[-1].ids) - written[-1].answer for written in texts)
-        times, more, bound = _PATIENCE
-        most = min(bound, times * expected + more)
+        most = room_for(expected)
         found = self.predict(some.asked(), base, _no_scores, truncate=True, max_new_tokens=most)
         example = {"prompt": found[0].text, "answer": found[0].answer, "expected": some.answers[0]}
         ended = sum(one.stopped for one in found)
@@ -236,17 +223,7 @@ class Generate(Task):
     @classmethod
     def told(cls, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         """How many answers ended, one of them, and a warning if none did."""
-        n, most, example = summary["tried"], summary["tried_tokens"], summary["example"]
-        ended = round(summary["ends_by_itself"] * n)
-        lines = [
-            ("ends by itself", f"{ended} of {n} answers to held-out prompts within {most} tokens"),
-            ("for example", f"{example['prompt'][-200:]!r}"),
-            ("  it answers", f"{example['answer'][:200]!r}"),
-            ("  expected", f"{example['expected'][:200]!r}"),
-        ]
-        if not ended:
-            lines.append(("warning", "no answer ended by itself: train longer, or look whether the answers are cut"))
-        return lines
+        return told_endings(summary)
 
 
 def _no_scores(examples: Examples) -> Tensor:
@@ -268,8 +245,3 @@ def cut(text: Text, max_length: int, bos: int | None = None) -> Text:
     moved = len(kept) - begin
     learned = tuple(place + moved for place in text.learned if begin < place < end)
     return Text(kept + text.ids[begin:end], learned, text.answer + moved)
-
-
-def mean_interval(scores: Tensor) -> tuple[float, float]:
-    """95 % interval of the loss of a token, over texts."""
-    return bootstrap(scores[:, :2], lambda sums: sums[:, 0] / sums[:, 1])

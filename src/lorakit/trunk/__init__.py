@@ -1,7 +1,8 @@
 """The trunk: how a frozen model with an adapter is run fast. Nothing padded, nothing frozen done twice."""
 
 from lorakit.trunk.direct import Direct
+from lorakit.trunk.pairs import PairTrunk
 from lorakit.trunk.segments import Segments
 from lorakit.trunk.trunk import DTYPES, Trunk, resolve_dtype
 
-__all__ = ["DTYPES", "Direct", "Segments", "Trunk", "resolve_dtype"]
+__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "resolve_dtype"]

@@ -3,8 +3,12 @@
 Transformers lets an attention function be registered by name. Ours reads from the running context where each text
 begins, so that no model has to hand it through; a name without a mask function gets no mask, so none is made.
 
-T5 and its kin make a bias for every pair of rows and hand it from block to block. It depends on their distance only,
-so while the model is packed `compute_bias` gives it once for each distance in the longest text.
+T5 and its kin make a bias for every pair of rows and hand it from block to block. It depends on their distance only, so
+while the model is packed `compute_bias` gives it once for each distance in the longest text; their cross-attention,
+which has none, makes a bias of zeros for every pair, and is given an empty one instead. BART and its kin count
+positions from the start of a row; while packed, from the start of each text.
+
+A decoder's attention that is not causal looks at what was encoded (`Segments.sources`).
 """
 
 from collections.abc import Callable, Iterator
@@ -84,15 +88,19 @@ def attention(
         y = segment_attention(q[:, few.rows], k, v, now.starts, scores, few.asking)
         return y.transpose(0, 1).unsqueeze(0), None
     b, _, n, d = query.shape
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = d**-0.5 if scaling is None else scaling
+    if position_bias is not None and not position_bias.numel():
+        position_bias = None
+    if now.sources is not None and not causal:
+        return _across(query, key, value, now, now.sources, Scores(scale, bias=position_bias)), None
     each, rest = divmod(b * n, now.n_tokens)
     if key.shape[2] != n or rest:
         raise CannotPackError("its attention looks at other rows than its own")
     if position_bias is not None and position_bias.ndim != 2:
         raise CannotPackError("its attention adds a bias for each pair of rows")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window and not causal:
         raise CannotPackError("its attention looks through a window to both sides")
-    scale = d**-0.5 if scaling is None else scaling
     scores = Scores(scale, causal, sliding_window or 0, softcap or 0.0, position_bias)
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
     if few is not None:
@@ -100,6 +108,14 @@ def attention(
         raise CaughtError
     y = segment_attention(q, k, v, now.starts * each, scores)
     return y.transpose(0, 1).reshape(b, n, *y.shape[::2]), None
+
+
+def _across(query: Tensor, key: Tensor, value: Tensor, now: Segments, sources: Segments, scores: Scores) -> Tensor:
+    """Cross-attention: the rows of each segment look at those of its source."""
+    if (query.shape[2], key.shape[2]) != (now.n_tokens, sources.n_tokens) or scores.bias is not None:
+        raise CannotPackError("its cross-attention looks at other rows than those of its sources, or adds a bias")
+    y = segment_attention(query[0], key[0], value[0], sources.starts, scores, Asking(now.starts))
+    return y.transpose(0, 1).unsqueeze(0)
 
 
 def _bias_by_distance(
@@ -114,19 +130,60 @@ def _bias_by_distance(
     return plain(module, 1, 2 * m - 1, device, m - 1)[0, :, 0].float()
 
 
+def _no_bias(*_: Any, **__: Any) -> Tensor:
+    return torch.empty(0, 0)
+
+
+def _positions(module: Any, *args: Any, **given: Any) -> Tensor:
+    """The embedding of the place of each row in its text, `(1, rows, d)`."""
+    now = current()
+    if now is None:
+        plain: Tensor = type(module).forward(module, *args, **given)
+        return plain
+    by_hand = not isinstance(module, nn.Embedding)  # M2M100's table is a buffer, and begins behind its padding
+    table: Tensor = module.weights if by_hand else module.weight
+    offset = module.padding_idx + 1 if by_hand else getattr(module, "offset", 0)
+    longest = max(now.lengths[:-1].tolist(), default=0)
+    if longest + offset > len(table):
+        raise IndexError(f"a text of {longest} tokens, where the model has {len(table) - offset} positions")
+    places = (now.positions() + offset).clamp(max=len(table) - 1)  # rows of padding, the last, may be more than that
+    return nn.functional.embedding(places.to(table.device), table)[None]
+
+
 @contextmanager
-def _biases_by_distance(model: nn.Module) -> Iterator[None]:
-    """Within the block, T5's attention makes its bias by distance. CannotPackError if the bias learns."""
-    owners = [m for m in model.modules() if hasattr(m, "compute_bias") and hasattr(m, "relative_attention_bias")]
+def _by_segment(model: nn.Module) -> Iterator[None]:
+    """Within the block, T5's attention makes its bias by distance, and BART's positions are those in each text.
+
+    CannotPackError if the bias learns.
+    """
+    makers = [m for m in model.modules() if hasattr(m, "compute_bias")]
+    owners = [m for m in makers if hasattr(m, "relative_attention_bias")]
     if any(p.requires_grad for module in owners for p in module.get_submodule("relative_attention_bias").parameters()):
         raise CannotPackError("its position bias learns, and packed rows take it as a constant")
+    plain = [m for m in makers if getattr(m, "has_relative_attention_bias", None) is False]
+    counted = [m for m in model.modules() if _counts_rows(m)]
     for module in owners:
         module.__dict__["compute_bias"] = partial(_bias_by_distance, module)
+    for module in plain:
+        module.__dict__ |= {"compute_bias": _no_bias, "has_relative_attention_bias": True}
+    for module in counted:
+        module.__dict__["forward"] = partial(_positions, module)
     try:
         yield
     finally:
-        for module in owners:
-            del module.__dict__["compute_bias"]
+        for module in makers:
+            module.__dict__.pop("compute_bias", None)
+        for module in plain:
+            module.__dict__["has_relative_attention_bias"] = False
+        for module in counted:
+            del module.__dict__["forward"]
+
+
+def _counts_rows(module: nn.Module) -> bool:
+    """A table of positions that makes the places by itself, and that nothing was attached to."""
+    table = isinstance(module, nn.Embedding) or {"weights", "padding_idx"} <= {*module._buffers, *module.__dict__}
+    named = type(module).__name__.endswith("PositionalEmbedding")
+    return named and table and not module._modules and "forward" not in module.__dict__
 
 
 @contextmanager
@@ -146,7 +203,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     if cache is not None:
         config.use_cache = False
     try:
-        with _biases_by_distance(model):
+        with _by_segment(model):
             yield
     finally:
         model.set_attn_implementation(before)  # type: ignore[operator]

@@ -13,10 +13,14 @@ _NOW: ContextVar["Segments | None"] = ContextVar("segments", default=None)
 
 @dataclass(frozen=True)
 class Segments:
-    """`starts (texts + 1,)`, int64, on the CPU: the first row of each text, and the number of rows."""
+    """`starts (texts + 1,)`, int64, on the CPU: the first row of each text, and the number of rows.
+
+    For a decoder `sources` are the segments of what was encoded: those that its cross-attention looks at.
+    """
 
     starts: Tensor
     n_calls: list[int] = field(default_factory=lambda: [0], compare=False)  # of attention, inside these
+    sources: "Segments | None" = None
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Segments":

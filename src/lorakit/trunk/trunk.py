@@ -61,12 +61,14 @@ class Trunk:
         self.model = model
         self.head = head
         self._body: nn.Module = getattr(model, "base_model", model)  # of a causal LM, what comes before its head
+        self._stacks = [self._body]
         self.precision, self.dtype = dtype, DTYPES[dtype]
         self.pad = pad
         self.why_padded = ""
         self.groups: Groups | None = None
         self.trims = False
         self.depth = 0  # blocks at the start in which nothing learns
+        self.why_shallow = "something learns in the first block"
         self._reads_images = getattr(model, "main_input_name", "") == "pixel_values"
         self._blocks: Blocks | None = None
         self._offset = 0
@@ -80,7 +82,8 @@ class Trunk:
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_groups(stack)
-            stack.callback(Lean(self._body, self.head).release)
+            for part in self._stacks:
+                stack.callback(Lean(part, self.head).release)
             self._begin_blocks(stack)
             self._stack = stack.pop_all()
         return self
@@ -297,13 +300,13 @@ def _frozen_depth(body: nn.Module, blocks: Sequence[nn.Module], head: str) -> in
     return 0
 
 
-def filled(ids: Tensor, segments: Segments, pad: int) -> tuple[Tensor, Segments]:
-    """One text of padding more, so that the number of rows is a multiple of `_GRAIN`.
+def filled(ids: Tensor, segments: Segments, pad: int, least: int = 0) -> tuple[Tensor, Segments]:
+    """One text of at least so many rows of padding more, so that the number of rows is a multiple of `_GRAIN`.
 
     oneDNN builds and keeps a kernel for every number of rows that it meets. Without this, batches of ever new sizes
     took 12 MB more at each step (MiniLM, 1,000 rows a step) and the time to build them.
     """
-    short = -segments.n_tokens % _GRAIN
+    short = least + -(segments.n_tokens + least) % _GRAIN
     if not short:
         return ids, segments
     end = segments.starts[-1:] + short

@@ -1,0 +1,174 @@
+"""Translations: texts and what each becomes (another language, a summary, a rewriting); the forms tables hold them in.
+
+| form | columns |
+|---|---|
+| pair | source, target; or another pair of `PAIRS`, or the two that the caller names |
+| languages | `translation`: {"en": ..., "de": ...}, also as JSON; the caller names two as source and target |
+
+Texts are kept as they are, white space included.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.rows import Part
+from lorakit.data.tables import open_table
+from lorakit.errors import DataError, listed, nearest
+
+PAIRS = (
+    ("source", "target"),
+    ("src", "tgt"),
+    ("src", "trg"),
+    ("input", "output"),
+    ("input", "target"),
+    ("input_text", "target_text"),
+    ("text", "summary"),
+    ("article", "highlights"),
+    ("article", "summary"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("mr", "ref"),
+)
+LANGUAGES = "translation"
+
+
+@dataclass(frozen=True)
+class Translations(Part):
+    """`texts` and, where known, what each becomes."""
+
+    texts: tuple[str, ...]
+    targets: tuple[str, ...] | None
+    source: str
+    lines: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        kinds = "" if self.targets is not None else ", no targets"
+        return f"Translations({len(self)} texts{kinds}, '{self.source}')"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The texts."""
+        return self.texts
+
+    def take(self, indices: Sequence[int]) -> "Translations":
+        """The rows at these positions."""
+        targets = None if self.targets is None else tuple(self.targets[i] for i in indices)
+        texts, lines = tuple(self.texts[i] for i in indices), tuple(self.lines[i] for i in indices)
+        return Translations(texts, targets, self.source, lines)
+
+    def digest(self) -> str:
+        """A hash of texts and targets, in their order."""
+        digest = hashlib.sha256()
+        for text, target in zip(self.texts, self.targets or self.texts):
+            digest.update(f"{len(text)}:{text}{len(target)}:{target}".encode())
+        return digest.hexdigest()[:16]
+
+    def about(self) -> str:
+        """How many texts have several targets, and the first row."""
+        n_texts = len(set(self.texts))
+        several = f"{n_texts} different texts; " if n_texts < len(self) else ""
+        target = self.targets[0] if self.targets else ""
+        return f"{several}first row: {self.texts[0][:70]!r} -> {target[:70]!r}"
+
+    def faults(self, valid: "Translations", test: "Translations") -> list[str]:
+        """Every text needs its target."""
+        return [f"'{part.source}' has no targets" for part in (self, valid, test) if part.targets is None]
+
+
+def make_translations(texts: Sequence[Any], source: str = "texts") -> Translations:
+    """Texts from Python, without targets. DataError names those that are none."""
+    return _read(source, enumerate(({"text": text} for text in texts), 1), lambda row: (_text(row, "text"), None))
+
+
+def load_translations(
+    path: str | Path, *, source: str | None = None, target: str | None = None, targets: bool = True
+) -> Translations:
+    """The rows of one file or table. `source` and `target` name columns, or languages of a column `translation`.
+
+    `targets=False` reads none. Raises DataError that names every row which cannot be used, and why.
+    """
+    name = str(path)
+    columns, table = open_table(path)
+    return _read(name, table, _reader(name, columns, source, target, targets), header=bool(columns))
+
+
+Reader = Callable[[Mapping[str, Any]], tuple[str, str | None]]
+
+
+def _read(source: str, rows: Any, read: Reader, header: bool = True) -> Translations:
+    found: list[tuple[str, str | None]] = []
+    lines: list[int] = []
+    faults: list[str] = []
+    for line, row in rows:
+        try:
+            found.append(read(row))
+            lines.append(line)
+        except DataError as error:
+            faults.append(f"row {line}: {error}")
+    if faults:
+        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+    if not found:
+        raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
+    targets = tuple(target for _, target in found if target is not None)
+    return Translations(tuple(text for text, _ in found), targets or None, source, tuple(lines))
+
+
+def _reader(name: str, columns: Sequence[str], source: str | None, target: str | None, targets: bool) -> Reader:
+    """How to read a row of a table with these columns."""
+    if source is not None and source == target:
+        raise DataError(f"'{name}': source and target are both '{source}'; the target needs a column of its own")
+    lower = {column.lower(): column for column in columns}
+    named = [one for one in (source, target if targets else None) if one is not None]
+    if LANGUAGES in lower and not (named and set(named) <= set(columns)):
+        if source is None or (target is None and targets):
+            raise DataError(
+                f"'{name}' has a column '{lower[LANGUAGES]}' with several languages; say which is which: "
+                "--source en --target de"
+            )
+        return lambda row: _languages(row, lower[LANGUAGES], source, target if targets else None)
+    for one in named:
+        if one not in columns:
+            raise DataError(f"'{name}' has no column '{one}'{nearest(one, columns)}")
+    pairs = [
+        (source or lower.get(first), target or lower.get(second))
+        for first, second in PAIRS
+        if (source or first in lower) and (target or second in lower or not targets)
+    ]
+    if not pairs:
+        usual = ", ".join(" and ".join(pair) for pair in PAIRS)
+        raise DataError(
+            f"'{name}' has no two columns with usual names ({usual}) and no '{LANGUAGES}'; its columns are "
+            f"{', '.join(columns) or 'none'}: name two with --source COLUMN and --target COLUMN"
+        )
+    first, second = pairs[0]
+    return lambda row: (_text(row, first or ""), _text(row, second or "") if targets else None)
+
+
+def _languages(row: Mapping[str, Any], column: str, source: str, target: str | None) -> tuple[str, str | None]:
+    said = row.get(column)
+    if isinstance(said, str):  # a table of texts holds it as JSON
+        try:
+            said = json.loads(said)
+        except json.JSONDecodeError as error:
+            raise DataError(f"column '{column}' is a text, and no object in JSON ({error.msg})") from None
+    if not isinstance(said, Mapping):
+        raise DataError(f"column '{column}' is {repr(said)[:40]}; it must be an object with a text for each language")
+    for language in (source, target):
+        if language is not None and language not in said:
+            raise DataError(f"column '{column}' has no '{language}'{nearest(language, list(said))}")
+    return _text(said, source), _text(said, target) if target is not None else None
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"'{column}' is empty")
+    if not isinstance(value, str):
+        raise DataError(f"'{column}' is {repr(value)[:40]}; it must be text")
+    if "\x00" in value:
+        raise DataError(f"'{column}' has a NUL character; the file is not text")
+    return value
