@@ -10,8 +10,9 @@ from lorakit.data.batches import Tokens
 from lorakit.data.rows import Rows
 from lorakit.errors import LorakitError, UsageError
 from lorakit.tasks.base import load_base
-from lorakit.tasks.classify import Classify, mean_of_segments
+from lorakit.tasks.classify import Classify
 from lorakit.tasks.intervals import bootstrap
+from lorakit.tasks.pooled import mean_of_segments
 from lorakit.trunk import Segments
 
 
@@ -53,7 +54,7 @@ def test_the_head_begins_with_every_label_equally_probable():
     Classify(("a", "b")).prepare(trunk)
     assert float(trunk.classifier.weight.detach().abs().max()) == 0
     Classify(("a", "b")).prepare(trunk)  # again: left as it is
-    with pytest.raises(UsageError, match="does not give 3 labels"):
+    with pytest.raises(UsageError, match="does not give 3 outputs"):
         Classify(("a", "b", "c")).prepare(trunk)
 
 

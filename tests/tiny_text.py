@@ -1,5 +1,6 @@
 """A tiny BERT with a tokenizer of its own, written as a Transformers directory; and small tables to learn from."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def table(path: Path, n_rows: int = 90, seed: int = 0) -> Path:
         lines.append(f"i like {' and '.join(words)},{label}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def told_topics(n_rows: int, seed: int = 0) -> list[tuple[str, str, str, str]]:
+    """Pairs of texts: a text, a second text, the topic of each."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n_rows):
+        topics = draw.choices(list(WORDS), k=2)
+        own, other = (" and ".join(draw.choices(WORDS[topic], k=3)) for topic in topics)
+        rows.append((f"i like {own}", f"the {other}", *topics))
+    return rows
 
 
 def small_task(n_rows: int, max_length: int = 24) -> tuple[Any, Any, Any]:

@@ -14,11 +14,15 @@ TASK_WORDS = {
     "tag": "one tag for each word",
     "answer": "the answer to a question, found in a text",
     "translate": "from a text to a text by an encoder-decoder",
+    "labels": "any number of labels for each text",
+    "regress": "a number for each text",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
     "text": "texts",
+    "text2": "second texts, where each row is a pair",
     "label": "labels",
+    "number": "numbers to learn",
     "prompt": "prompts",
     "answer": "answers",
     "user": "users",
@@ -37,6 +41,10 @@ BASE_HELP = (
     "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "
     "width 64 that are trained from scratch"
 )
+FORMS = {  # what else is to know of a table; each task says the same way which it takes
+    "labels": ("A,B,C", "labels: columns of 0 and 1, one for each label, instead of --label"),
+    "delimiter": ("MARK", "labels: what stands between labels in one field (found if it is one of ; | ,)"),
+}
 
 
 def layer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +118,8 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that name columns."""
     for name, what in COLUMNS.items():
         parser.add_argument(f"--{name}", metavar="COLUMN", help=f"column of the {what} (found by its usual names)")
+    for name, (word, what) in FORMS.items():
+        parser.add_argument(f"--{name}", metavar=word, help=what)
     parser.add_argument(
         "--truncate",
         action="store_true",
@@ -131,7 +141,7 @@ def flags_for(task: Any, args: argparse.Namespace, names: Iterable[str], known: 
 
 def columns_for(task: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The named columns, as arguments of the task's `read`."""
-    return flags_for(task, args, COLUMNS, task.columns)
+    return flags_for(task, args, (*COLUMNS, *FORMS), task.columns)
 
 
 def open_adapter(path: str) -> Any:

@@ -73,7 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="FILE", help="test rows")
     data_arguments(parser)
     parser.add_argument("--task", default="classify", help=TASK_HELP)
-    parser.add_argument("--pool", help="classify: mean, cls or last (as the base wants)")
+    parser.add_argument("--pool", help="classify, labels, regress: mean, cls or last (as the base wants)")
     parser.add_argument("--template", help="generate: auto (default: the base's chat template, if any) or plain (ours)")
     parser.add_argument("--source-prefix", metavar="TEXT", help="translate: text in front of every source")
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
@@ -203,6 +203,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
     memory = summary["memory"]
     rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
     kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
+    tried = f"--say '{task.try_it}'" + (" --say2 'the second text'" if summary.get("pairs") else "")
     lines = [
         (
             f"held-out {task.metric}",
@@ -232,6 +233,6 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
         *task.told(summary),
         *(("note", note) for note in summary["notes"]),
         ("run directory", out),
-        ("next", f"{program} predict {quote(out)} --say '{task.try_it}'  |  {program} inspect {quote(out)}"),
+        ("next", f"{program} predict {quote(out)} {tried}  |  {program} inspect {quote(out)}"),
     ]
     return "\n".join(["", *(f"{word:<18} {text}" for word, text in lines)])

@@ -1,13 +1,13 @@
-"""Rows: texts with labels; what every form of rows can do; and the three parts of a data set. Values.
+"""Rows: texts or pairs of texts, with labels; what every form of rows can do; and the three parts of a data set.
 
-Where they come from is `sources.py`. A task with other data (dialogues, pairs ...) brings a Part of its own.
+Values. Where they come from is `sources.py`. A task with other data (dialogues, numbers ...) brings a Part of its own.
 """
 
 import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
@@ -54,43 +54,77 @@ class Part(ABC):
 
 
 P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 _FEW_INPUTS = 10  # below it a tenth of them is none
 
 
+class Texts(Part):
+    """Rows of `texts`, or of pairs of them: then `others` are the second ones."""
+
+    texts: tuple[str, ...]
+    others: tuple[str, ...] | None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The texts; those of a pair on two lines."""
+        return self.texts if self.others is None else tuple(map("\n".join, zip(self.texts, self.others)))
+
+    @property
+    def kind(self) -> str:
+        """What they are, in words."""
+        return "single texts" if self.others is None else "pairs of texts"
+
+    def hashed(self, learned: Sequence[str] | None) -> str:
+        """A hash of all texts, and of what is learned of each, in their order."""
+        digest = hashlib.sha256()
+        for text, goal in zip(self.texts, learned or self.texts):
+            digest.update(f"{len(text)}:{text}{len(goal)}:{goal}".encode())
+        for text in self.others or ():
+            digest.update(f"{len(text)}:{text}".encode())
+        return digest.hexdigest()[:16]
+
+    def shown(self) -> str:
+        """The first row, cut."""
+        first = f"{self.texts[0][:70]!r}"
+        return f"first row: {first}" if self.others is None else f"first row: {first} and {self.others[0][:70]!r}"
+
+    def unlike(self, *parts: "Texts") -> list[str]:
+        """Those of the parts that hold single texts where these are pairs, or the other way round."""
+        return [
+            f"'{part.source}' has {part.kind}, and '{self.source}' has {self.kind}; name the columns alike in both"
+            for part in parts
+            if part.kind != self.kind
+        ]
+
+
 @dataclass(frozen=True)
-class Rows(Part):
-    """`texts` and, where known, one label each."""
+class Rows(Texts):
+    """`texts`, or pairs of them, and, where known, one label each."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
     source: str
     lines: tuple[int, ...]
+    others: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         kinds = f", {len(set(self.labels))} labels" if self.labels else ", no labels"
-        return f"Rows({len(self)} texts{kinds}, '{self.source}')"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The texts."""
-        return self.texts
+        return f"Rows({len(self)} {'texts' if self.others is None else 'pairs'}{kinds}, '{self.source}')"
 
     def take(self, indices: Sequence[int]) -> "Rows":
         """The rows at these positions."""
-        labels = tuple(self.labels[i] for i in indices) if self.labels is not None else None
-        return Rows(tuple(self.texts[i] for i in indices), labels, self.source, tuple(self.lines[i] for i in indices))
+        labels, others = at(self.labels, indices), at(self.others, indices)
+        lines = tuple(self.lines[i] for i in indices)
+        return Rows(tuple(self.texts[i] for i in indices), labels, self.source, lines, others)
 
     def digest(self) -> str:
         """A hash of texts and labels, in their order."""
-        digest = hashlib.sha256()
-        for text, label in zip(self.texts, self.labels or self.texts):
-            digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
-        return digest.hexdigest()[:16]
+        return self.hashed(self.labels)
 
     def about(self) -> str:
         """How many labels, and the first row."""
         labels = self.labels or ("",)
-        return f"{len(set(labels))} labels; first row: {self.texts[0][:70]!r} -> {labels[0]}"
+        return f"{len(set(labels))} labels; {self.shown()} -> {labels[0]}"
 
     def classes(self) -> tuple[str, ...] | None:
         """The labels."""
@@ -110,7 +144,12 @@ class Rows(Part):
                         f"'{part.source}' row {line}: label '{label}' does not occur in the training rows; "
                         "add examples of it there, or remove the row"
                     )
-        return faults
+        return faults + self.unlike(valid, test)
+
+
+def at(values: tuple[T, ...] | None, indices: Sequence[int]) -> tuple[T, ...] | None:
+    """The values at these positions, where there are values."""
+    return None if values is None else tuple(values[i] for i in indices)
 
 
 @dataclass(frozen=True)
@@ -124,8 +163,7 @@ class Splits(Generic[P]):
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels of the training rows, sorted (numbers by value); none where rows have none."""
-        found = set(self.train.classes() or ())
-        return tuple(sorted(found, key=lambda label: (not label.lstrip("-").isdigit(), _number(label), label)))
+        return in_order(self.train.classes() or ())
 
     def checked(self) -> Self:
         """Itself, if it can be learned from; DataError with every reason why not."""
@@ -133,6 +171,11 @@ class Splits(Generic[P]):
         if faults:
             raise DataError(listed(faults))
         return self
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Different labels, sorted: numbers by value, before words."""
+    return tuple(sorted(set(labels), key=lambda label: (not label.lstrip("-").isdigit(), _number(label), label)))
 
 
 def _number(label: str) -> int:

@@ -4,21 +4,27 @@ Columns are named by the caller or found by their usual names. Nothing is guesse
 there is an error that lists those that are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.data.memory import Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
-from lorakit.data.tables import DEMO, SUFFIXES, open_table
+from lorakit.data.tables import DEMO, SUFFIXES, Table, open_table
 from lorakit.errors import DataError, listed, nearest
 
 TEXT_NAMES = ("text", "sentence", "content", "message", "utterance", "query", "question", "review")
-LABEL_NAMES = ("label", "intent", "category", "class", "sentiment", "target")
+PAIRS = (
+    *(("text", "text2"), ("text1", "text2"), ("text_1", "text_2"), ("text_a", "text_b"), ("sentence1", "sentence2")),
+    *(("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("premise", "hypothesis")),
+    ("question1", "question2"),
+)
+LABEL_NAMES = ("label", "intent", "category", "class", "sentiment", "target", "gold_label", "is_duplicate")
 _PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
 _SHARE = 0.1  # of the training rows, for a part that is not given
 
 P = TypeVar("P", bound=Part)
+X = TypeVar("X")
 
 
 def load_splits(
@@ -35,8 +41,8 @@ def load_splits(
     `data` is a file, a directory with parts of their own (`train.csv`, `valid.csv`, `test.csv`, or a Hugging Face
     dataset), "demo:support", or rows in memory (data/memory.py). What is not given is split off the training rows, at
     random by `seed`, within each label where there are labels. `read` reads one table and takes the names of its
-    `columns`: `load_rows` (the default) `text` and `label`, `load_dialogues` `prompt` and `answer`. Raises DataError
-    that names file, row and way out.
+    `columns`: `load_rows` (the default) `text`, `text2` and `label`, `load_dialogues` `prompt` and `answer`. Raises
+    DataError that names file, row and way out.
     """
     reader: Callable[..., Any] = read or load_rows
     parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, _PARTS)
@@ -55,41 +61,106 @@ def load_splits(
 
 
 def load_rows(
-    source: str | Path | Memory, *, text: str | None = None, label: str | None = None, labels: bool = True
+    source: str | Path | Memory,
+    *,
+    text: str | None = None,
+    text2: str | None = None,
+    label: str | None = None,
+    labels: bool = True,
 ) -> Rows:
-    """The rows of one file or table. `labels=False` accepts a table without a label column."""
+    """The rows of one file or table, single texts or pairs of them (see `text_columns`).
+
+    `labels=False` accepts a table without a label column.
+    """
     name = str(source)
     columns, table = open_table(source)
-    text_column = column_of(name, columns, text, TEXT_NAMES, "text")
-    label_column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
+    places = text_columns(name, columns, text, text2)
+    column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
+
+    def learned(row: Mapping[str, Any]) -> str:
+        tag = row.get(column)
+        if tag is None or not str(tag).strip():
+            raise DataError(f"column '{column}' is empty")
+        return str(tag).strip()
+
+    texts, others, found, lines = read_texts(name, columns, table, places, learned if column else None)
+    return Rows(texts, found, name, lines, others)
+
+
+def read_texts(
+    source: str,
+    columns: list[str],
+    table: Table,
+    places: tuple[str, str],
+    learned: Callable[[Mapping[str, Any]], X] | None,
+) -> tuple[tuple[str, ...], tuple[str, ...] | None, tuple[X, ...] | None, tuple[int, ...]]:
+    """Texts, second texts where there are pairs, what `learned` finds in each row, and row numbers.
+
+    `places` are the columns that `text_columns` found. DataError names every row that cannot be used, among them those
+    for which `learned` raises one.
+    """
     texts: list[str] = []
-    found: list[str] = []
+    others: list[str] = []
+    found: list[X] = []
     lines: list[int] = []
     faults: list[str] = []
+    first, second = places
     for line, row in table:
-        value = row.get(text_column)
-        tag = row.get(label_column) if label_column else None
-        if not isinstance(value, str) or not value.strip():
-            faults.append(f"row {line}: column '{text_column}' is {'empty' if not value else repr(value)[:40]}")
-        elif "\x00" in value:
-            faults.append(f"row {line}: the text has a NUL character; the file is not text")
-        elif label_column and (tag is None or not str(tag).strip()):
-            faults.append(f"row {line}: column '{label_column}' is empty")
-        else:
-            texts.append(value.strip())
-            found.append(str(tag).strip() if label_column else "")
-            lines.append(line)
+        try:
+            own = [_text(row, column) for column in (first, second) if column]
+            goal = [learned(row)] if learned else []
+        except DataError as error:
+            faults.append(f"row {line}: {error}")
+            continue
+        texts.append(own[0])
+        others += own[1:]
+        found += goal
+        lines.append(line)
     if faults:
-        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
     if not texts:
-        raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
-    return Rows(tuple(texts), tuple(found) if label_column else None, name, tuple(lines))
+        raise DataError(f"'{source}' has a header and no rows" if columns else f"'{source}' is empty")
+    return tuple(texts), tuple(others) if second else None, tuple(found) if learned else None, tuple(lines)
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"column '{column}' is {'empty' if not value else repr(value)[:40]}")
+    if "\x00" in value:
+        raise DataError("the text has a NUL character; the file is not text")
+    return value.strip()
+
+
+def text_columns(source: str, columns: list[str], text: str | None, text2: str | None) -> tuple[str, str]:
+    """The column of the texts, and that of the second texts: "" where the rows are single texts.
+
+    Pairs are found by the names in `PAIRS`, if there is no other text beside them; or `text2` names the second column.
+    """
+    if text is None and text2 is None:
+        lower = {column.lower(): column for column in columns}
+        pairs = [(lower[first], lower[second]) for first, second in PAIRS if first in lower and second in lower]
+        if pairs:
+            more = [
+                lower[name] for name in (*TEXT_NAMES, *sum(PAIRS, ())) if name in lower and lower[name] not in pairs[0]
+            ]
+            if more:
+                raise DataError(
+                    f"'{source}' has the pair of columns '{pairs[0][0]}' and '{pairs[0][1]}', and '{more[0]}' too; "
+                    "name one with --text COLUMN, or two with --text COLUMN and --text2 COLUMN"
+                )
+            return pairs[0]
+    second = column_of(source, columns, text2, (), "text2", needed=False)
+    if text is not None and text == second:
+        raise DataError(f"'{source}': text and text2 are both '{text}'; the second text needs a column of its own")
+    rest = columns if text is not None else [column for column in columns if column != second]
+    return column_of(source, rest, text, TEXT_NAMES, "text"), second
 
 
 def column_of(
     source: str, columns: list[str], wanted: str | None, usual: tuple[str, ...], noun: str, needed: bool = True
 ) -> str:
-    """The column that is wanted, or the first with a usual name; "" if there is none and it need not be."""
+    """The column of this name, or of a usual one; "" if there is none and none is needed."""
     if wanted is not None:
         if wanted not in columns:
             raise DataError(f"'{source}' has no column '{wanted}'{nearest(wanted, columns)}")

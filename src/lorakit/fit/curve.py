@@ -24,7 +24,7 @@ def draw_curve(records: Sequence[dict[str, Any]], path: Path, metric: str) -> No
     axes = figure.subplots()
     axes.plot([r["step"] for r in steps], _smooth([r["loss"] for r in steps]), color="#3b6ea5", label="training loss")
     axes.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="#c0392b", label="validation loss")
-    axes.set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     right = axes.twinx()
     name = metric.replace("_", " ")
     right.plot(

@@ -179,12 +179,15 @@ class Learner:
             now = self.flat.values.clone()
             self.load(self.ema)
         try:
-            prefix = self.prefixes.get(id(examples))
-            scores = scores_of(self.model, self.task, self.trunk, examples, self.settings, prefix, self.workers)
-            return self.task.metrics(scores, examples)
+            return self.task.metrics(self.scores(examples), examples)
         finally:
             if now is not None:
                 self.load(now)
+
+    def scores(self, examples: Examples) -> Tensor:
+        """The task's scores of every example, as the parameters are now."""
+        prefix = self.prefixes.get(id(examples))
+        return scores_of(self.model, self.task, self.trunk, examples, self.settings, prefix, self.workers)
 
     def keep_prefix(self, parts: Mapping[str, Examples], place: Path | None) -> str:
         """Lets the frozen blocks run once for every text; says what is kept, and where, or why not."""

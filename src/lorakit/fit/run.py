@@ -135,6 +135,7 @@ def fit(
             assert state.best_values is not None
             learner.ema = None
             learner.load(state.best_values)
+            goal = learner.task = goal.calibrated(parts["valid"], learner.scores)
             metrics = learner.evaluate(parts["test"])
             memory["peak_bytes"] = peak_resident()
         tried = goal.tried(base, data.test) if workers.first else {}

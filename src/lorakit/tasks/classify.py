@@ -1,7 +1,6 @@
-"""classify: one label for each text. A linear head on the pooled vector of the trunk, trained fully beside the adapter.
+"""classify: one label for each text, or for each pair of texts (does one follow from the other? do they say the same?).
 
-The head is a child of the trunk called `classifier`, so the layer paths of the adapter are those of the plain
-pretrained model, and the head travels with the adapter as a fully trained module (PEFT: modules_to_save).
+A linear head on the pooled vector of the trunk (tasks/pooled.py), trained fully beside the adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +16,20 @@ from lorakit.data.rows import Rows, Splits
 from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
-from lorakit.tasks.heads import give_head
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
-from lorakit.trunk import Segments
-
-HEAD = "classifier"
+from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, used, whole
+from lorakit.tasks.task import TASKS, Scores
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable label of one text, and the probabilities of all."""
+    """The most probable label of one text (or of a pair), and the probabilities of all."""
 
     text: str
     label: str
     probability: float
     probabilities: dict[str, float]
+    text2: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,67 +59,53 @@ class Evaluation:
 
 @TASKS.add_class
 @dataclass(frozen=True)
-class Classify(Task):
-    """Labels in the order of the head's outputs, and how the trunk is pooled."""
+class Classify(Pooled):
+    """Labels in the order of the head's outputs, and how the trunk is used."""
 
     name = "classify"
     part = Rows
     metric = "accuracy"
     drawn = "accuracy"
-    head = HEAD
-    wishes = ("pool",)
-    columns = ("text", "label")
+    columns = ("text", "text2", "label")
     try_it = "my parcel never came"
 
     labels: tuple[str, ...]
     pool: str = "mean"
     max_length: int = 512
+    pairs: bool = False
+    types: bool = False
 
     @classmethod
     def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Rows:
-        """Texts and labels of one table."""
-        text, label = columns.get("text"), columns.get("label")
-        if text and text == label:
-            raise UsageError(f"--text and --label are both '{text}'; the label needs a column of its own")
-        return load_rows(source, text=text, label=label, labels=answers)
+        """Texts, or pairs of them, and labels of one table."""
+        for name in ("text", "text2"):
+            if columns.get(name) and columns[name] == columns.get("label"):
+                raise UsageError(
+                    f"--{name} and --label are both '{columns[name]}'; the label needs a column of its own"
+                )
+        return load_rows(source, labels=answers, **columns)
 
     @classmethod
-    def asked(cls, given: Sequence[str]) -> Rows:
-        """Texts without labels."""
-        rows = Rows(tuple(given), None, "texts", tuple(range(1, len(given) + 1)))
-        empty = [line for text, line in zip(rows.texts, rows.lines) if not text.strip()]
-        if empty:
-            raise DataError(f"'{rows.source}': row {empty[0]} is empty")
-        return rows
+    def asked(cls, given: Sequence[Any]) -> Rows:
+        """Texts, or pairs of them, without labels."""
+        texts, others, lines = given_texts(given)
+        return Rows(texts, None, "texts", lines, others)
 
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Classify":
         """With the labels of the training rows, pooled as the base wants."""
-        return cls(data.labels, base.pool, base.max_length)
+        return cls(data.labels, **used(base, data.train))
 
-    def prepare(self, model: nn.Module) -> None:
-        """Gives the trunk its head; one of the right size is left as it is.
-
-        It begins at zero: every label equally probable, so nothing is known before training and the first loss is
-        `ln(labels)`.
-        """
-        give_head(model, HEAD, len(self.labels))
+    @property
+    def n_outputs(self) -> int:
+        """A logit for each label: at first all are equally probable, and the loss is `ln(labels)`."""
+        return len(self.labels)
 
     def examples(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids of all rows, one label each (-100 where it is unknown)."""
-        encoded = tokenizer(list(rows.texts), truncation=truncate, max_length=self.max_length if truncate else None)
-        ids = tuple(tuple(entry) for entry in encoded["input_ids"])
-        refuse_long(rows, rows.lines, ids, self.max_length)
         index = {label: number for number, label in enumerate(self.labels)}
-        numbers = tuple((index.get(label, IGNORED),) for label in rows.labels or ("",) * len(rows))
-        reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
-        return Tokens(ids, numbers, reads, rows.lines, tokenizer.pad_token_id or 0)
-
-    def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
-        """The logits `(texts, labels)`, float32."""
-        vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
-        logits: Tensor = model.get_submodule(HEAD)(vectors)
-        return logits
+        numbers = [(index.get(label, IGNORED),) for label in rows.labels or ("",) * len(rows)]
+        return self.tokens(rows, numbers, tokenizer, truncate)
 
     def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Summed cross-entropy in nats."""
@@ -141,20 +124,20 @@ class Classify(Task):
 
     def note(self) -> dict[str, Any]:
         """What an adapter must remember to be used again."""
-        return {"name": self.name, "labels": list(self.labels), "pool": self.pool, "max_length": self.max_length}
+        return {**super().note(), "labels": list(self.labels)}
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> "Classify":
         """The inverse of `note`."""
-        return cls(tuple(note["labels"]), note["pool"], int(note["max_length"]))
+        return cls(tuple(note["labels"]), **noted(note))
 
     def predict(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> list[Prediction]:
         """The most probable label of each text."""
         logits = scores(self.examples(rows, base.tokenizer, truncate=truncate))
         result: list[Prediction] = []
-        for text, row in zip(rows.texts, logits.softmax(-1).tolist()):
+        for text, text2, row in zip(rows.texts, second_texts(rows), logits.softmax(-1).tolist()):
             best = max(range(len(row)), key=row.__getitem__)
-            result.append(Prediction(text, self.labels[best], row[best], dict(zip(self.labels, row))))
+            result.append(Prediction(text, self.labels[best], row[best], dict(zip(self.labels, row)), text2))
         return result
 
     def evaluate(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
@@ -181,14 +164,7 @@ class Classify(Task):
     def shown(self, found: Sequence[Prediction]) -> str:
         """A line for each text: label, probability, text."""
         width = max(len(one.label) for one in found)
-        return "\n".join(f"{one.label:<{width}}  {one.probability:6.1%}  {one.text}" for one in found)
-
-
-def mean_of_segments(hidden: Tensor, segments: Segments) -> Tensor:
-    """The mean hidden state of each text: `hidden (tokens, d)` -> `(texts, d)`, summed in float32."""
-    owners = segments.owners().to(hidden.device)
-    total = torch.zeros(len(segments), hidden.shape[1], device=hidden.device).index_add(0, owners, hidden.float())
-    return total / segments.lengths.to(hidden.device)[:, None]
+        return "\n".join(f"{one.label:<{width}}  {one.probability:6.1%}  {whole(one.text, one.text2)}" for one in found)
 
 
 def _f1(guess: Tensor, labels: Tensor, k: int) -> float | None:

@@ -7,16 +7,20 @@ import numpy as np
 
 Statistic = Callable[[Any], Any]
 
+_AT_ONCE = 100  # draws
 
-def bootstrap(
-    values: Any, statistic: Statistic | None = None, n_draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of the mean of `values (rows,)`; or of `statistic(sums)` of the sums of `values (rows, k)`.
 
-    `sums (draws, k)` are those of rows drawn with replacement, and a number for each draw comes back.
-    """
-    found = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(found), (n_draws, len(found)))
-    sums = np.concatenate([found[chunk].sum(1) for chunk in np.array_split(draws, 20)])
-    low, high = np.quantile(sums / len(found) if statistic is None else statistic(sums), [0.025, 0.975])
+def interval(n: int, statistic: Statistic, n_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Of a statistic of `n` rows: from places of rows `(draws, n)`, drawn with replacement, it makes `(draws,)`."""
+    generator = np.random.default_rng(seed)
+    found = [statistic(generator.integers(0, n, (_AT_ONCE, n))) for _ in range(n_draws // _AT_ONCE)]
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
     return float(low), float(high)
+
+
+def bootstrap(values: Any, statistic: Statistic | None = None) -> tuple[float, float]:
+    """Of the mean of `values (rows,)`; or of `statistic(sums)` of the sums `(draws, k)` of `values (rows, k)`."""
+    given = np.asarray(values, dtype=float)
+    if statistic is None:
+        return interval(len(given), lambda draws: given[draws].mean(1))
+    return interval(len(given), lambda draws: statistic(given[draws].sum(1)))

@@ -135,6 +135,10 @@ class Task(ABC):
         """A higher metric; the lower loss decides between equals."""
         return old is None or (new[self.metric], -new["loss"]) > (old[self.metric], -old["loss"])
 
+    def calibrated(self, valid: Any, scores: Scores) -> Self:
+        """The task for use: with what the validation examples settle once training is done (a threshold ...)."""
+        return self
+
     def tried(self, base: Base, rows: Any) -> dict[str, Any]:
         """What the trained model does when it is tried on held-out rows: more values for the summary."""
         return {}
