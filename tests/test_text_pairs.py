@@ -127,8 +127,8 @@ def test_a_tokenizer_that_puts_nothing_between_gets_a_line_break():
 
     rows = Rows(("ab",), ("x",), "here", (1,), ("cd",))
     tokens = Classify(("x",), "last", pairs=True).examples(rows, Bare(), truncate=False)
-    assert tokens.ids == ((1, *map(ord, "ab\ncd")),)
-    assert tokens.reads == ((5,),)
+    assert list(tokens.ids) == [(1, *map(ord, "ab\ncd"))]
+    assert list(tokens.reads) == [(5,)]
 
 
 def test_a_fitted_pair_model_predicts_evaluates_and_says_what_it_wants(place, run, base):

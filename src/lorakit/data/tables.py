@@ -193,15 +193,15 @@ def _label_names(path: Path) -> dict[str, list[str]]:
     if not info.is_file():
         return {}
     features = json.loads(info.read_text(encoding="utf-8")).get("features") or {}
-    single = {
-        column: feature["feature"] if isinstance(feature, dict) and feature.get("feature") else feature  # of a list
-        for column, feature in features.items()
-    }
-    return {
-        column: feature["names"]
-        for column, feature in single.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    found: dict[str, list[str]] = {}
+    for column, feature in features.items():
+        if isinstance(feature, list):  # lists of labels are told in one of two ways
+            feature = feature[0] if feature else None
+        elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            found[column] = feature["names"]
+    return found
 
 
 _GZ = ".gz"
