@@ -16,8 +16,8 @@ import torch
 
 import lorakit as lk
 from lorakit.fit.workers import Workers
-from tiny_chat import CHATML, chat_table, tiny_causal
-from tiny_text import small_task
+from tiny_chat import CHATML, chat_table, pairs, tiny_causal
+from tiny_text import small_task, table, tiny_bert
 
 FIT = ["-m", "lorakit", "fit", "base", "data.csv", "--epochs", "6", "--batch-size", "7", "--learning-rate", "0.003"]
 FIT += ["--dtype", "fp32", "--checkpoint-steps", "4", "--threads", "1"]
@@ -116,6 +116,37 @@ def test_two_processes_learn_to_write_as_one_does(tmp_path: Path) -> None:
     found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(found) == len(wanted) == 8
     assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["24", "1"])  # with one text a step the second process has none
+def test_two_processes_learn_to_embed_as_one_does(tmp_path: Path, batch: str) -> None:
+    tiny_bert(tmp_path / "base")
+    table(tmp_path / "data.csv", 90)
+    words = ["-m", "lorakit", "fit", "base", "data.csv", "--task", "embed", "--epochs", "2", "--dtype", "fp32"]
+    words += ["--batch-size", batch, "--max-steps", "6", "--learning-rate", "0.003"]
+    end(begin(tmp_path, "one", size=1, words=words))
+    end(begin(tmp_path, "two", "--tokens-per-pass", "64", words=words))
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(found) == len(wanted) > 6
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4
+    two, one = (lk.load(tmp_path / name / "adapter").layers for name in ("two", "one"))
+    for path, layer in one.items():
+        for name, tensor in layer.factors.items():
+            assert float((two[path].factors[name] - tensor).abs().max()) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_learn_to_prefer_as_one_does(tmp_path: Path) -> None:
+    tiny_causal(tmp_path / "base", "llama", CHATML)
+    rows = [{"prompt": p, "chosen": a, "rejected": f"{a} again"} for p, a in pairs(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["-m", "lorakit", "fit", "base", "data.jsonl", "--task", "prefer", "--epochs", "2", "--dtype", "fp32"]
+    end(begin(tmp_path, "one", size=1, words=words))
+    end(begin(tmp_path, "two", words=words))
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(found) == len(wanted) == 8
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4
 
 
 def waited(until: Callable[[], bool]) -> None:

@@ -16,6 +16,8 @@ TASK_WORDS = {
     "translate": "from a text to a text by an encoder-decoder",
     "labels": "any number of labels for each text",
     "regress": "a number for each text",
+    "prefer": "written answers, tuned by which of two is the better one",
+    "embed": "a vector for each text, near those of what belongs to it",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
@@ -36,6 +38,11 @@ COLUMNS = {  # each task says which of them it reads
     "begin": "characters at which answers begin",
     "source": "texts to translate, summarise or rewrite",
     "target": "texts they become",
+    "chosen": "preferred answers",
+    "rejected": "rejected answers",
+    "query": "queries",
+    "positive": "texts that belong to the queries",
+    "negative": "texts that do not",
 }
 BASE_HELP = (
     "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "

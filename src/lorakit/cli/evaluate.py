@@ -4,6 +4,7 @@ For classify: accuracy, macro F1, and F1 of every label. For generate: loss of e
 For recommend: NDCG, recall and hit rate of the first ten items, and the NDCG of the most popular ones.
 For tag: F1, precision and recall of spans. For answer: exact match and F1 as SQuAD has them.
 For translate: these too, and BLEU, chrF and ROUGE of what it writes (pip install 'lorakit[translate]').
+For prefer: reward accuracy, margin. For embed: recall at 1, mean reciprocal rank.
 
 example: lorakit evaluate runs/demo demo:support_test
 """

@@ -62,6 +62,13 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
 }
+_CHOICES: dict[str, dict[str, Any]] = {  # each task says which of them it knows
+    "beta": {"type": float, "help": "prefer: how firmly the model is held to its base (default 0.1)"},
+    "label-smoothing": {"type": float, "help": "prefer: share of pairs that may be the wrong way round (default 0)"},
+    "variant": {"help": "prefer: sigmoid (default: DPO) or ipo"},
+    "temperature": {"type": float, "help": "embed: what similarities are divided by (default 0.05)"},
+    "symmetric": {"action": "store_true", "default": None, "help": "embed: each positive is to find its query too"},
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +80,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="FILE", help="test rows")
     data_arguments(parser)
     parser.add_argument("--task", default="classify", help=TASK_HELP)
-    parser.add_argument("--pool", help="classify, labels, regress: mean, cls or last (as the base wants)")
-    parser.add_argument("--template", help="generate: auto (default: the base's chat template, if any) or plain (ours)")
+    parser.add_argument("--pool", help="classify, labels, regress, embed: mean, cls or last (as the base wants)")
+    parser.add_argument(
+        "--template", help="generate, prefer: auto (default: the base's chat template, if any) or plain"
+    )
     parser.add_argument("--source-prefix", metavar="TEXT", help="translate: text in front of every source")
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
     parser.add_argument("--settings", metavar="FILE", help="TOML file with the settings below, same names")
@@ -85,6 +94,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, what) in _SETTINGS.items():
         words = [f"--{name}", *(["--lr"] if name == "learning-rate" else [])]
         group.add_argument(*words, type=kind, metavar=kind.__name__.upper(), help=what)
+    group = parser.add_argument_group("settings of one task")
+    for name, more in _CHOICES.items():
+        group.add_argument(f"--{name}", **more)
 
 
 def run(args: argparse.Namespace) -> Reply:
@@ -97,13 +109,13 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.plan import Plan
     from lorakit.tasks.task import TASKS
 
-    settings = _settings(args)
-    make_settings(settings)
+    task = TASKS[args.task]
+    settings = _settings(args, task)
+    make_settings({name: value for name, value in settings.items() if name not in task.choices})
     if not args.out:
         raise UsageError("--out is empty; name a directory for the run")
     if speaks():
         claim(Path(args.out), args.resume, args.overwrite)
-    task = TASKS[args.task]
     columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template", "source_prefix"), task.wishes)
     seed = settings.get("seed", 0)
     data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
@@ -142,7 +154,7 @@ def run(args: argparse.Namespace) -> Reply:
     return Reply(_report(task, result.summary, args.out), {**result.summary, "out": args.out})
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, task: Any) -> dict[str, Any]:
     from lorakit.fit.settings import read_settings
 
     settings = read_settings(Path(args.settings)) if args.settings else {}
@@ -152,7 +164,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             settings[name.replace("-", "_")] = value
     if args.truncate:
         settings["truncate"] = True
-    return settings
+    names = [name.replace("-", "_") for name in _CHOICES]
+    return settings | flags_for(task, args, names, task.choices)
 
 
 class _Watch:

@@ -1,4 +1,4 @@
-"""Answer texts with a fitted adapter: label them, tag their words, find or write what they ask for.
+"""Answer texts with a fitted adapter: label them, tag their words, find or write what they ask for, give their vectors.
 
 example: lorakit predict runs/demo --say "Where is my parcel?" --say "I want my money back"
 """
@@ -10,11 +10,11 @@ from lorakit.cli import Reply
 from lorakit.cli.common import bar, columns_for, data_arguments, flags_for, say
 
 _OPTIONS = {
-    "max-new-tokens": (int, "generate, translate: most tokens of an answer (default 256)"),
+    "max-new-tokens": (int, "generate, prefer, translate: most tokens of an answer (default 256)"),
     "beams": (int, "translate: beams of the search, 1 (default) for none"),
-    "temperature": (float, "generate: 0 (default) for the most probable answer, above it one is drawn"),
+    "temperature": (float, "generate, prefer: 0 (default) for the most probable answer, above it one is drawn"),
     "k": (int, "recommend: most items for each user (default 10)"),
-    "seed": (int, "generate: of what is drawn (default 0)"),
+    "seed": (int, "generate, prefer: of what is drawn (default 0)"),
     "threshold": (float, "labels: least probability of a label (default: as chosen in training)"),
 }
 

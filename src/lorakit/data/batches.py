@@ -50,6 +50,9 @@ class Examples(ABC):
     def lengths(self) -> list[int]:
         """What each example costs, in tokens."""
 
+    def begin(self, seed: int, epoch: int) -> None:  # noqa: B027  # most have nothing to draw
+        """Draws what is drawn anew for every epoch of training; it depends on seed and epoch only."""
+
     @abstractmethod
     def n_labels(self, indices: Sequence[int]) -> int:
         """Labels of these examples that count in the loss."""

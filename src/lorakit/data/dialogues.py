@@ -115,7 +115,7 @@ def make_dialogues(asked: Sequence[str | Sequence[Mapping[str, Any]]], source: s
     """
     said = ([{"role": "user", "content": one}] if isinstance(one, str) else one for one in asked)
     rows = enumerate(({"messages": messages} for messages in said), 1)
-    return _read(source, rows, lambda row: _messages(row, "messages", False), header=False)
+    return _read(source, rows, lambda row: read_messages(row, "messages", False), header=False)
 
 
 def load_dialogues(
@@ -162,7 +162,7 @@ def _reader(
     if prompt is None and answer is None:
         for name in MESSAGES:
             if name in lower:
-                return lambda row: _messages(row, lower[name], answers)
+                return lambda row: read_messages(row, lower[name], answers)
     pairs = [
         (prompt or lower.get(first), answer or lower.get(second))
         for first, second in PAIRS
@@ -183,17 +183,19 @@ def _reader(
 def _pair(row: Mapping[str, Any], system: str | None, asked: str, more: str | None, answered: str | None) -> Turns:
     turns: list[Turn] = []
     if system and row.get(system):
-        turns.append(Turn("system", _text(row[system], f"column '{system}'")))
-    prompt = _text(row.get(asked), f"column '{asked}'")
+        turns.append(Turn("system", read_text(row[system], f"column '{system}'")))
+    prompt = read_text(row.get(asked), f"column '{asked}'")
     if more and row.get(more):
-        prompt += "\n\n" + _text(row[more], f"column '{more}'")
+        prompt += "\n\n" + read_text(row[more], f"column '{more}'")
     turns.append(Turn("user", prompt))
     if answered is not None:
-        turns.append(Turn("assistant", _text(row.get(answered), f"column '{answered}'")))
+        turns.append(Turn("assistant", read_text(row.get(answered), f"column '{answered}'")))
     return tuple(turns)
 
 
-def _messages(row: Mapping[str, Any], column: str, answers: bool) -> Turns:
+def read_messages(row: Mapping[str, Any], column: str, answers: bool) -> Turns:
+    """The turns in a cell that holds a list of messages, or its JSON. DataError if they are no dialogue, or if
+    `answers` are wanted and the last message is none."""
     said = row.get(column)
     if isinstance(said, str):  # a table of texts holds the list as JSON
         try:
@@ -218,14 +220,15 @@ def _turn(message: Mapping[str, Any], number: int) -> Turn:
     role = message.get("role", message.get("from"))
     if role not in _ROLES:
         raise DataError(f"message {number} has the unknown role {role!r}; known: {', '.join(_ROLES)}")
-    return Turn(_ROLES[role], _text(message.get("content", message.get("value")), f"message {number} ({role})"))
+    return Turn(_ROLES[role], read_text(message.get("content", message.get("value")), f"message {number} ({role})"))
 
 
 def _few(roles: Sequence[str]) -> str:
     return ", ".join(roles[:4]) + (" ..." if len(roles) > 4 else "")
 
 
-def _text(value: Any, place: str) -> str:
+def read_text(value: Any, place: str) -> str:
+    """The value, if it is a text that is not empty; else DataError that names the place."""
     if not isinstance(value, str):
         raise DataError(f"{place} is {repr(value)[:40]}; it must be text")
     if not value.strip():

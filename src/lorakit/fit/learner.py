@@ -64,6 +64,7 @@ class Learner:
     def batches(self, examples: Examples, epoch: int = 0) -> list[tuple[int, ...]]:
         """Places of every batch of one epoch, in their order; by length where rows are padded."""
         settings = self.settings
+        examples.begin(settings.seed, epoch)
         return training_batches(examples, settings.batch_size, settings.seed, epoch, bool(self.trunk.why_padded))
 
     def gradients(self, examples: Examples, indices: Sequence[int]) -> tuple[float, int]:

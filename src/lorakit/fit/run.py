@@ -78,14 +78,15 @@ def fit(
     stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits` (a file, rows in
     memory ...), or its result. `task` is the name of one: "classify" (one label for each text), "generate" (a written
     answer to each prompt) ... (docs/tasks). `plan` defaults to rank 8 on every matrix. `settings` are those of
-    `lorakit.fit.settings.Settings`. With `out`, a run directory is written; a run that was killed goes on with
-    `resume=True` and ends with the very numbers of an uninterrupted one. Started by torchrun, its processes share the
-    work of every step, and the first writes. `watch` is called with every Record and the total number of steps; before
-    the first with one of kind "start", whose values tell memory: `estimated_bytes`, `free_bytes`, `tokens_per_pass`;
-    and the first row as the model sees it, `seen`.
+    `lorakit.fit.settings.Settings`, and the task's own `choices`. With `out`, a run directory is written; a run that
+    was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by torchrun,
+    its processes share the work of every step, and the first writes. `watch` is called with every Record and the total
+    number of steps; before the first with one of kind "start", whose values tell memory: `estimated_bytes`,
+    `free_bytes`, `tokens_per_pass`; and the first row as the model sees it, `seen`.
     """
     _refuse_other(model)
     kind: type[Task] = TASKS[task]
+    choices = {name: settings.pop(name) for name in kind.choices if name in settings}
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
     place = Path(out) if out is not None else None
@@ -96,7 +97,7 @@ def fit(
     data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
     kind.refuse_other(data.train)
     base = model if isinstance(model, Base) else kind.base_for(str(model), data)
-    goal = kind.of(data, base)
+    goal = kind.of(data, base).chosen(choices)
     parts = {
         name: tokenised(goal, rows, base.tokenizer, truncate=chosen.truncate)
         for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
@@ -116,6 +117,7 @@ def fit(
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
             if place is not None and not resume and workers.first:
                 clear(place)
+            parts = {name: goal.informed(net, examples, learner.scores) for name, examples in parts.items()}
             kept = learner.keep_prefix(parts, place)
             budget = Budget(learner, parts)
             earlier = settled_before(place / "checkpoint") if place and resume else None

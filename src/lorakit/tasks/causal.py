@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.labels import label_loss, label_scores
+from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
 
 Logits = Callable[[Tensor], Tensor]  # hidden states (n, d) -> (n, o)
@@ -64,21 +64,24 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def summed_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> Tensor:
-    """The summed cross-entropy of `labels (n,)` by `hidden (n, d)`, in nats."""
+def losses(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> Tensor:
+    """The cross-entropy of each of `labels (n,)` by `hidden (n, d)`, in nats: `(n,)`, float32."""
     head: Any = head_of(model)
     labels = labels.to(hidden.device)
     if plain and not head._modules:
-        return label_loss(hidden, head.weight, labels, head.bias)
-    return summed_by(partial(own_logits, model), hidden, labels)
+        return label_losses(hidden, head.weight, labels, head.bias)
+    return losses_by(partial(own_logits, model), hidden, labels)
 
 
-def summed_by(logits_of: Logits, hidden: Tensor, labels: Tensor) -> Tensor:
+def losses_by(logits_of: Logits, hidden: Tensor, labels: Tensor) -> Tensor:
     """The same by a function that makes logits of hidden states."""
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS)):
-        total = total + F.cross_entropy(logits_of(part).float(), wanted, reduction="sum")
-    return total
+    parts = zip(torch.split(hidden, _ROWS), torch.split(labels, _ROWS))
+    return torch.cat([F.cross_entropy(logits_of(part).float(), wanted, reduction="none") for part, wanted in parts])
+
+
+def summed_loss(model: nn.Module, hidden: Tensor, labels: Tensor, plain: bool) -> Tensor:
+    """Their sum."""
+    return losses(model, hidden, labels, plain).sum()
 
 
 @torch.no_grad()

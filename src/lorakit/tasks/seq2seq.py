@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.labels import label_loss, label_scores
+from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
-from lorakit.tasks.causal import differ, each_by, stand_for, summed_by
+from lorakit.tasks.causal import differ, each_by, losses_by, stand_for
 
 _TRIAL = 10  # tokens
 
@@ -64,8 +64,8 @@ def summed_loss(model: nn.Module, hidden: Tensor, labels: Tensor, scale: float) 
     head: Any = head_of(model)
     labels = labels.to(hidden.device)
     if scale and not head._modules:
-        return label_loss(hidden * scale, head.weight, labels, _bias(model, head, hidden.dtype))
-    return summed_by(partial(own_logits, model), hidden, labels)
+        return label_losses(hidden * scale, head.weight, labels, _bias(model, head, hidden.dtype)).sum()
+    return losses_by(partial(own_logits, model), hidden, labels).sum()
 
 
 @torch.no_grad()

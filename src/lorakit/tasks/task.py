@@ -6,6 +6,7 @@ this room: a class with `@TASKS.add_class`, or one of another package under the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Task(ABC):
     wishes: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of the base: names of arguments of `load_base`
     columns: ClassVar[tuple[str, ...]]  # what a caller may name of a table: names of arguments of `read`
     options: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `predict`
+    choices: ClassVar[tuple[str, ...]] = ()  # what a caller may set for `fit`: fields of the task, kept in its note
     peft_task: ClassVar[str] = ""  # PEFT's task_type
     try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with
     untold: ClassVar[tuple[str, ...]] = ()  # entries of `note` that are not for people to read
@@ -88,6 +90,10 @@ class Task(ABC):
     def from_note(cls, note: Mapping[str, Any]) -> Self:
         """The inverse of `note`."""
 
+    def chosen(self, choices: Mapping[str, Any]) -> Self:
+        """The same with these of its `choices`. UsageError for a value that makes no sense."""
+        return replace(self, **choices) if choices else self  # type: ignore[type-var]
+
     # ---------------------------------------------------------------- in training
 
     @abstractmethod
@@ -111,6 +117,13 @@ class Task(ABC):
         if not isinstance(examples, Tokens):
             return ""
         return "  |  ".join(str(tokenizer.decode(examples.ids[i])) for i in examples.texts([number]))
+
+    def informed(self, model: nn.Module, examples: Any, scores: Scores) -> Any:
+        """The examples with what only the model can tell of them, asked once, before anything is learned.
+
+        `scores` runs the model as it is now; within `lorakit.attach.disabled(model)` that is the plain base.
+        """
+        return examples
 
     @abstractmethod
     def loss(self, model: nn.Module, hidden: Any, batch: Any) -> Tensor:

@@ -25,15 +25,15 @@ def rows_at_once(n_outputs: int) -> int:
     return max(32, min(512, _LOGITS // n_outputs // 32 * 32))
 
 
-def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Summed cross-entropy in nats, float32: `hidden (n, d)`, `weight (o, d)`, `labels (n,)`, `bias (o,)`.
+def label_losses(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Cross-entropy of every row in nats `(n,)`, float32: `hidden (n, d)`, `weight (o, d)`, `labels (n,)`, `bias (o,)`.
 
     The head may learn too (`weight` or `bias` requires a gradient); then its logits are kept as autograd keeps them.
     """
     if any(t is not None and t.requires_grad for t in (weight, bias)):
-        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
-    loss: Tensor = _LabelLoss.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
-    return loss
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="none")
+    losses: Tensor = _LabelLosses.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
+    return losses
 
 
 @torch.no_grad()
@@ -51,26 +51,25 @@ def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
     return zip(torch.split(hidden, size), torch.split(labels.to(hidden.device), size))
 
 
-class _LabelLoss(torch.autograd.Function):
+class _LabelLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         needed = ctx.needs_input_grad[0]
-        total = torch.zeros((), device=hidden.device)
-        parts = []
+        losses, parts = [], []
         for rows, part in _chunks(hidden, weight, labels):
             logits = linear(rows, weight, bias)
-            total += _chunk(logits, part, gradient=needed)[0].sum()
+            losses.append(_chunk(logits, part, gradient=needed)[0])
             if needed:
                 parts.append(input_gradient(logits, weight))
         if needed:
             ctx.save_for_backward(torch.cat(parts) if parts else torch.zeros_like(hidden))
-        return total
+        return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * dloss.to(gradient.dtype), None, None, None
+        return gradient * dlosses.to(gradient.dtype)[:, None], None, None, None
 
 
 def _chunk(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,205 @@
+"""Matches: texts that belong together, for embeddings; and the forms that tables have.
+
+| form | columns |
+|---|---|
+| pairs | query (or anchor, question), positive (or answer, document, passage) |
+| triples | the same, and `negative`: a text that is like the query and does not belong to it |
+| classes | text, label: texts of one class belong together |
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.rows import Part
+from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, load_rows
+from lorakit.data.tables import open_table
+from lorakit.errors import DataError, listed, nearest
+
+QUERIES = ("query", "anchor", "question")
+POSITIVES = ("positive", "answer", "document", "passage")
+NEGATIVES = ("negative", "hard_negative")
+
+
+@dataclass(frozen=True)
+class Matches(Part):
+    """`queries`, and the text that belongs to each, perhaps with one that does not; or the class of each query."""
+
+    queries: tuple[str, ...]
+    positives: tuple[str, ...] | None
+    negatives: tuple[str, ...] | None
+    labels: tuple[str, ...] | None
+    source: str
+    lines: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"Matches({len(self)} {self.form}, '{self.source}')"
+
+    @property
+    def form(self) -> str:
+        """What each row is, in words."""
+        if self.labels is not None:
+            return "texts with labels"
+        if self.positives is None:
+            return "single texts"
+        return "pairs" if self.negatives is None else "triples"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The queries."""
+        return self.queries
+
+    def columns(self) -> tuple[tuple[str, ...], ...]:
+        """The texts of each row: queries, positives, negatives, as far as there are any."""
+        return tuple(texts for texts in (self.queries, self.positives, self.negatives) if texts is not None)
+
+    def take(self, indices: Sequence[int]) -> "Matches":
+        """The rows at these positions."""
+        queries, positives, negatives, labels = (
+            None if values is None else tuple(values[i] for i in indices)
+            for values in (self.queries, self.positives, self.negatives, self.labels)
+        )
+        assert queries is not None
+        return Matches(queries, positives, negatives, labels, self.source, tuple(self.lines[i] for i in indices))
+
+    def digest(self) -> str:
+        """A hash of all texts and labels, in their order."""
+        digest = hashlib.sha256(self.form.encode())
+        for row in zip(*self.columns(), self.labels or self.queries):
+            for text in row:
+                digest.update(f"{len(text)}:{text}".encode())
+        return digest.hexdigest()[:16]
+
+    def about(self) -> str:
+        """What the rows are, and the first one."""
+        other = self.labels or self.positives or ("",)
+        return f"{len(self)} {self.form}; first row: {self.queries[0][:60]!r} and {other[0][:60]!r}"
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The labels, where there are any."""
+        return self.labels
+
+    def faults(self, valid: "Matches", test: "Matches") -> list[str]:
+        """All parts need one form; of each class in training, and of one held out, there must be two unlike texts."""
+        if self.form == "single texts":
+            return [f"'{self.source}' has single texts, and nothing that belongs to them"]
+        faults = [
+            f"'{part.source}' has {part.form}, and the training rows are {self.form}; both must be alike"
+            for part in (valid, test)
+            if part.form != self.form
+        ]
+        if self.labels is None or faults:
+            return faults
+        if len(set(self.labels)) < 2:
+            faults.append(f"'{self.source}' has one class only ('{self.labels[0]}'); nothing in it is unlike")
+        alone = [label for label, texts in _by_label(self).items() if len(texts) < 2]
+        if alone:
+            faults.append(
+                f"'{self.source}': {len(alone)} labels have one text only, e.g. '{alone[0]}'; a pair needs two, so add "
+                "texts or remove them"
+            )
+        faults += [
+            f"'{part.source}' has no label with two texts, so nothing can be found in it; add rows"
+            for part in (valid, test)
+            if all(len(texts) < 2 for texts in _by_label(part).values())
+        ]
+        return faults
+
+
+def _by_label(part: Matches) -> Mapping[str, set[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for text, label in zip(part.queries, part.labels or ()):
+        found[label].add(text)
+    return found
+
+
+def make_texts(given: Sequence[str], source: str = "texts", lines: Sequence[int] = ()) -> Matches:
+    """Single texts from Python values. DataError for one that is none."""
+    rows = tuple(lines) or tuple(range(1, len(given) + 1))
+    for line, text in zip(rows, given):
+        _text(text, f"'{source}': row {line}")
+    return Matches(tuple(given), None, None, None, source, rows)
+
+
+def load_matches(
+    source: str | Path,
+    *,
+    query: str | None = None,
+    positive: str | None = None,
+    negative: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    answers: bool = True,
+) -> Matches:
+    """The matches of one file or table, in one of the forms above; the arguments name columns.
+
+    Pairs where there is a column for the positive, unless `text` or `label` is named. `answers=False` reads single
+    texts: the queries, or what `text` names. Raises DataError that names every row which cannot be used, and why.
+    """
+    name = str(source)
+    columns, table = open_table(source)
+    if (text or label) and (query or positive or negative):
+        raise DataError(f"'{name}': columns are named for pairs and for classes (text, label); name those of one form")
+    others = {} if text or label else {"positive": (positive, POSITIVES), "negative": (negative, NEGATIVES)}
+    found = {part: _column(name, columns, own, usual) for part, (own, usual) in others.items()}
+    if not answers:
+        usual = (*QUERIES, *TEXT_NAMES)
+        alone = load_rows(source, text=text or query or _column(name, columns, None, usual), labels=False)
+        return make_texts(alone.texts, name, alone.lines)
+    if not found.get("positive"):
+        if query or negative or not _column(name, columns, label, LABEL_NAMES):
+            raise DataError(
+                f"'{name}' has neither a column with positives ({', '.join(POSITIVES)}) nor one with labels "
+                f"({', '.join(LABEL_NAMES[:3])} ...); its columns are {', '.join(columns) or 'none'}: name one with "
+                "--positive COLUMN or --label COLUMN"
+            )
+        rows = load_rows(source, text=text, label=label)
+        return Matches(rows.texts, None, None, rows.labels, name, rows.lines)
+    first = _column(name, columns, query, (*QUERIES, *TEXT_NAMES))
+    if not first or first == found["positive"]:
+        raise DataError(
+            f"'{name}' has positives ('{found['positive']}') and no other column with a usual name for the queries ("
+            f"{', '.join(QUERIES[:3])} ...); its columns are {', '.join(columns)}: name one with --query COLUMN"
+        )
+    names = [column for column in (first, found["positive"], found["negative"]) if column]
+    texts: list[tuple[str, ...]] = []
+    lines: list[int] = []
+    faults: list[str] = []
+    for line, row in table:
+        try:
+            texts.append(_row(row, names))
+            lines.append(line)
+        except DataError as error:
+            faults.append(f"row {line}: {error}")
+    if faults:
+        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+    if not texts:
+        raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
+    queries, positives, *more = zip(*texts)
+    return Matches(queries, positives, more[0] if more else None, None, name, tuple(lines))
+
+
+def _column(source: str, columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    if wanted is not None and wanted not in columns:
+        raise DataError(f"'{source}' has no column '{wanted}'{nearest(wanted, columns)}")
+    lower = {column.lower(): column for column in columns}
+    return wanted or next((lower[name] for name in usual if name in lower), None)
+
+
+def _row(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    texts = tuple(_text(row.get(name), f"column '{name}'") for name in names)
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise DataError(f"{twice[:40]!r} stands in two of its columns; nothing can be learned from that")
+    return texts
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place} is {'empty' if not value or isinstance(value, str) else repr(value)[:40]}")
+    if "\x00" in value:
+        raise DataError(f"{place} has a NUL character; the file is not text")
+    return value.strip()
