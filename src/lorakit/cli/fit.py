@@ -80,7 +80,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="FILE", help="test rows")
     data_arguments(parser)
     parser.add_argument("--task", default="classify", help=TASK_HELP)
-    parser.add_argument("--pool", help="classify, labels, regress, embed: mean, cls or last (as the base wants)")
+    parser.add_argument("--pool", help="classify, labels, regress, embed: mean, cls or last; image: own, cls or mean")
     parser.add_argument(
         "--template", help="generate, prefer: auto (default: the base's chat template, if any) or plain"
     )

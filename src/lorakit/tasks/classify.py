@@ -4,7 +4,7 @@ A linear head on the pooled vector of the trunk (tasks/pooled.py), trained fully
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.data.batches import IGNORED, TextBatch, Tokens
-from lorakit.data.rows import Rows, Splits
+from lorakit.data.rows import Part, Rows, Splits
 from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
@@ -103,8 +103,7 @@ class Classify(Pooled):
 
     def examples(self, rows: Rows, tokenizer: Any, *, truncate: bool) -> Tokens:
         """Token ids of all rows, one label each (-100 where it is unknown)."""
-        index = {label: number for number, label in enumerate(self.labels)}
-        numbers = [(index.get(label, IGNORED),) for label in rows.labels or ("",) * len(rows)]
+        numbers = [(number,) for number in numbered(rows.labels or ("",) * len(rows), self.labels)]
         return self.tokens(rows, numbers, tokenizer, truncate)
 
     def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
@@ -114,13 +113,7 @@ class Classify(Pooled):
 
     def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
         """Accuracy, macro F1 (labels that occur), mean loss."""
-        guess, labels = scores.argmax(-1), torch.tensor([label for (label,) in tokens.labels])
-        found = [f1 for f1 in (_f1(guess, labels, k) for k in range(len(self.labels))) if f1 is not None]
-        return {
-            "accuracy": float((guess == labels).double().mean()),
-            "macro_f1": sum(found) / len(found),
-            "loss": float(F.cross_entropy(scores, labels)),
-        }
+        return label_metrics(scores, [int(label) for (label,) in tokens.labels])
 
     def note(self) -> dict[str, Any]:
         """What an adapter must remember to be used again."""
@@ -134,37 +127,74 @@ class Classify(Pooled):
     def predict(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> list[Prediction]:
         """The most probable label of each text."""
         logits = scores(self.examples(rows, base.tokenizer, truncate=truncate))
-        result: list[Prediction] = []
-        for text, text2, row in zip(rows.texts, second_texts(rows), logits.softmax(-1).tolist()):
-            best = max(range(len(row)), key=row.__getitem__)
-            result.append(Prediction(text, self.labels[best], row[best], dict(zip(self.labels, row)), text2))
-        return result
+        found = most_probable(logits, rows.texts, self.labels)
+        return [replace(one, text2=text2) for one, text2 in zip(found, second_texts(rows))]
 
     def evaluate(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
         """Metrics on labelled rows. DataError for labels it has not learned."""
-        if rows.labels is None:
-            raise DataError(f"'{rows.source}' has no labels to evaluate against")
-        unseen = [
-            f"'{rows.source}' row {line}: label '{label}' was not in the training data"
-            for label, line in zip(rows.labels, rows.lines)
-            if label not in self.labels
-        ]
-        if unseen:
-            raise DataError(listed(unseen, 5))
-        tokens = self.examples(rows, base.tokenizer, truncate=truncate)
-        logits = scores(tokens)
-        guess, labels = logits.argmax(-1), torch.tensor([label for (label,) in tokens.labels])
-        per_label: dict[str, Any] = {}
-        for k, label in enumerate(self.labels):
-            true, said, hits = (labels == k).sum(), (guess == k).sum(), ((labels == k) & (guess == k)).sum()
-            if int(true) or int(said):
-                per_label[label] = {"rows": int(true), "predicted": int(said), "f1": 2 * int(hits) / int(true + said)}
-        return Evaluation(self.metrics(logits, tokens), bootstrap((guess == labels).tolist()), len(rows), per_label)
+        labels = known_labels(rows, rows.labels, self.labels)
+        return evaluation(scores(self.examples(rows, base.tokenizer, truncate=truncate)), labels, self.labels)
 
     def shown(self, found: Sequence[Prediction]) -> str:
         """A line for each text: label, probability, text."""
-        width = max(len(one.label) for one in found)
-        return "\n".join(f"{one.label:<{width}}  {one.probability:6.1%}  {whole(one.text, one.text2)}" for one in found)
+        return shown(found)
+
+
+def numbered(labels: Sequence[str], known: Sequence[str]) -> list[int]:
+    """The number of each label; IGNORED for one that is not known."""
+    index = {label: number for number, label in enumerate(known)}
+    return [index.get(label, IGNORED) for label in labels]
+
+
+def known_labels(rows: Part, labels: Sequence[str] | None, known: Sequence[str]) -> list[int]:
+    """The number of each row's label. DataError for rows without one, and labels that were not learned."""
+    if labels is None:
+        raise DataError(f"'{rows.source}' has no labels to evaluate against")
+    unseen = [
+        f"'{rows.source}' row {line}: label '{label}' was not in the training data"
+        for label, line in zip(labels, rows.lines)
+        if label not in known
+    ]
+    if unseen:
+        raise DataError(listed(unseen, 5))
+    return numbered(labels, known)
+
+
+def label_metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """Accuracy, macro F1 (labels that occur), mean loss, of `logits (examples, labels)`."""
+    guess, wanted = logits.argmax(-1), torch.tensor(labels)
+    found = [f1 for f1 in (_f1(guess, wanted, k) for k in range(logits.shape[1])) if f1 is not None]
+    return {
+        "accuracy": float((guess == wanted).double().mean()),
+        "macro_f1": sum(found) / len(found),
+        "loss": float(F.cross_entropy(logits, wanted)),
+    }
+
+
+def evaluation(logits: Tensor, labels: Sequence[int], known: Sequence[str]) -> Evaluation:
+    """The metrics with their interval, and counts and F1 of each label."""
+    guess, wanted = logits.argmax(-1), torch.tensor(labels)
+    per_label: dict[str, Any] = {}
+    for k, label in enumerate(known):
+        true, said, hits = (wanted == k).sum(), (guess == k).sum(), ((wanted == k) & (guess == k)).sum()
+        if int(true) or int(said):
+            per_label[label] = {"rows": int(true), "predicted": int(said), "f1": 2 * int(hits) / int(true + said)}
+    return Evaluation(label_metrics(logits, labels), bootstrap((guess == wanted).tolist()), len(labels), per_label)
+
+
+def most_probable(logits: Tensor, names: Sequence[str], labels: Sequence[str]) -> list[Prediction]:
+    """The most probable label of each example."""
+    result: list[Prediction] = []
+    for name, row in zip(names, logits.softmax(-1).tolist()):
+        best = max(range(len(row)), key=row.__getitem__)
+        result.append(Prediction(name, labels[best], row[best], dict(zip(labels, row))))
+    return result
+
+
+def shown(found: Sequence[Prediction]) -> str:
+    """A line for each example: label, probability, text or name."""
+    width = max(len(one.label) for one in found)
+    return "\n".join(f"{one.label:<{width}}  {one.probability:6.1%}  {whole(one.text, one.text2)}" for one in found)
 
 
 def _f1(guess: Tensor, labels: Tensor, k: int) -> float | None:

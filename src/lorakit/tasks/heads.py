@@ -1,4 +1,6 @@
-"""A linear head on hidden states: a child of the trunk, so that the layer paths of an adapter are those of the base."""
+"""A linear head on the trunk's vectors: a child of the trunk, so that the adapter's layer paths stay the base's."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +8,29 @@ from torch import Tensor, nn
 from lorakit.errors import UsageError
 
 
-def give_head(model: nn.Module, name: str, n_outputs: int, noun: str = "labels", bias: Tensor | None = None) -> None:
-    """Gives the trunk a head `name`; one of the right size is left as it is. UsageError if it has another.
+class Aside(nn.Module):
+    """Holds a head in an `nn.Sequential`, which runs all its children: what comes, goes on as it is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def give_head(
+    model: nn.Module, name: str, n_outputs: int, noun: str = "labels", bias: Tensor | None = None, width: int = 0
+) -> None:
+    """Gives the trunk a head `name` on its vectors; one of the right size is left as it is.
 
     It begins at zero: every output equally probable, so nothing is known before training; or at `bias (n_outputs,)`.
+    `width` is that of the vectors, if it is not the model's own. UsageError if the trunk has something else of that
+    name.
     """
     head = getattr(model, name, None)
+    if isinstance(head, Aside):
+        head = head.linear
     if isinstance(head, nn.Linear) and head.out_features == n_outputs:
         return
     if head is not None:
@@ -19,9 +38,18 @@ def give_head(model: nn.Module, name: str, n_outputs: int, noun: str = "labels",
             f"this {type(model).__name__} has a '{name}' of its own that does not give {n_outputs} {noun}; "
             "pass the bare trunk (AutoModel)"
         )
-    fresh = nn.Linear(int(model.config.hidden_size), n_outputs)  # type: ignore[union-attr,arg-type]
+    config: Any = getattr(model, "config", None)
+    fresh = nn.Linear(width or int(config.hidden_size), n_outputs)
     with torch.no_grad():
         fresh.weight.zero_()
         fresh.bias.copy_(torch.zeros(n_outputs) if bias is None else bias)
     parameter = next(model.parameters())
-    model.add_module(name, fresh.to(parameter.device, parameter.dtype))
+    fresh.to(parameter.device, parameter.dtype)
+    model.add_module(name, Aside(fresh) if isinstance(model, nn.Sequential) else fresh)
+
+
+def run_head(model: nn.Module, name: str, vectors: Tensor) -> Tensor:
+    """What the head gives: `vectors (examples, width)` -> `(examples, outputs)`."""
+    head = model.get_submodule(name)
+    found: Tensor = (head.linear if isinstance(head, Aside) else head)(vectors)  # type: ignore[operator]
+    return found

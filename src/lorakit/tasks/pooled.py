@@ -72,9 +72,12 @@ class Pooled(Task):
 
     def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """What the head gives of each text: `(texts, outputs)`, float32."""
-        vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
-        found: Tensor = model.get_submodule(HEAD)(vectors)
+        found: Tensor = model.get_submodule(HEAD)(self.vectors(hidden, batch))
         return found
+
+    def vectors(self, hidden: Tensor, batch: TextBatch) -> Tensor:
+        """The pooled vector of each text: `(texts, d)`, float32."""
+        return hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
 
     def note(self) -> dict[str, Any]:
         """What an adapter must remember to be used again."""

@@ -104,8 +104,8 @@ class Task(ABC):
     def prepare(self, model: nn.Module) -> None:
         """Gives the trunk what it needs beside it (a head); what is there already is left as it is."""
 
-    def trunk(self, model: nn.Module, *, dtype: str, pad: int, keep: bool = True) -> Trunk:
-        """What runs the model fast."""
+    def trunk(self, model: Any, *, dtype: str, pad: int, keep: bool = True) -> Any:
+        """What runs the model fast: a Trunk, or what has its face."""
         return Trunk(model, dtype=dtype, pad=pad, head=self.head, keep=keep)
 
     @abstractmethod

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.attach.groups import Groups, inputs_recorded, make_groups
 from lorakit.attach.slots import find_home, switch_of
@@ -43,10 +44,14 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 class Trunk:
     """Hidden states of texts or images from a Transformers trunk, with whatever adapter is active on it.
 
+    Of images also from any other module, if `shape` (channels, height, width) says what it takes.
+
     `dtype` "bf16" or "fp32" is what frozen weights and activations are in meanwhile; what learns stays as it is, and so
     does the child module `head`, which is the caller's to run.
     With `keep` false the originals are let go as they are cast, and leaving does not bring them back: for a model that
-    nobody else holds. `pad` fills rows where the model cannot be packed; `why_padded` then says why, else it is "".
+    nobody else holds. `pad` fills rows where the model cannot be packed; `why_padded` then says why, else it is "";
+    images are never padded. `home` is the module that adapters were attached to, where the model is a part of it.
+    Meanwhile the model is in eval mode: no dropout, and batch norms keep their statistics.
     """
 
     def __init__(
@@ -57,8 +62,11 @@ class Trunk:
         pad: int = 0,
         head: str = "",
         keep: bool = True,
+        shape: Sequence[int] = (),
+        home: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self._home = home or model
         self.head = head
         self._body: nn.Module = getattr(model, "base_model", model)  # of a causal LM, what comes before its head
         self._stacks = [self._body]
@@ -69,7 +77,11 @@ class Trunk:
         self.trims = False
         self.depth = 0  # blocks at the start in which nothing learns
         self.why_shallow = "something learns in the first block"
-        self._reads_images = getattr(model, "main_input_name", "") == "pixel_values"
+        self._takes_pixel_values = getattr(model, "main_input_name", "") == "pixel_values"
+        self._reads_images = bool(shape) or self._takes_pixel_values
+        self._shape = tuple(shape)
+        self._width = 0
+        self._pixel_dtype = next(model.parameters()).dtype
         self._blocks: Blocks | None = None
         self._offset = 0
         self._keep = keep
@@ -79,6 +91,7 @@ class Trunk:
         with ExitStack() as stack:
             keep_freed_memory()
             keep_few_kernels()
+            self._begin_eval(stack)
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_groups(stack)
@@ -130,6 +143,10 @@ class Trunk:
         state = self.hidden(pixels, Segments.of([1] * len(pixels)))
         return state.view(len(pixels), -1, state.shape[1])
 
+    def seen(self, pixels: Tensor) -> Any:
+        """What the model gives for images of one size, as it gives it: `pixels (b, channels, height, width)`."""
+        return self._see(pixels, Segments.of([1] * len(pixels)))
+
     def prefix(self, lengths: Sequence[int], file: Path | None = None) -> Prefix:
         """Room for the frozen blocks' states of texts with these lengths; see `depth`."""
         return Prefix(lengths, self.width, self.dtype, file)
@@ -146,7 +163,7 @@ class Trunk:
     @property
     def width(self) -> int:
         """Numbers in the hidden state of a token."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        return int(getattr(getattr(self.model, "config", None), "hidden_size", 0) or self._width)
 
     def gradients_in_place(self, on: bool) -> None:
         """Whether groups add their gradients into those that are there, unseen by autograd."""
@@ -183,10 +200,20 @@ class Trunk:
 
     def _of_images(self, pixels: Tensor, segments: Segments) -> Tensor:
         """The same for images, packed or not: each is one row of `segments`, and becomes several."""
-        like = next(self.model.parameters())
+        found = self._see(pixels, segments)
+        state: Tensor = found if isinstance(found, Tensor) else found.last_hidden_state
+        return (state.movedim(1, -1) if state.ndim == 4 else state).flatten(0, -2)
+
+    def _see(self, pixels: Tensor, segments: Segments) -> Any:
+        pixels = pixels.to(self._device(), self._pixel_dtype)
         with inside(segments):
-            state: Tensor = self._body(pixel_values=pixels.to(like)).last_hidden_state
-        return state.flatten(0, 1)
+            return self._body(pixel_values=pixels) if self._takes_pixel_values else self._body(pixels)
+
+    def _begin_eval(self, stack: ExitStack) -> None:
+        for module in self.model.modules():
+            if module.training:
+                module.training = False
+                stack.callback(setattr, module, "training", True)
 
     def _cast(self, stack: ExitStack) -> None:
         """Frozen weights and buffers in the dtype; the originals come back on leaving."""
@@ -195,7 +222,7 @@ class Trunk:
         for path, module in self.model.named_modules():
             if self.head and (path == self.head or path.startswith(self.head + ".")):
                 continue
-            added = getattr(module, "added_by_lorakit", False)
+            added = getattr(module, "added_by_lorakit", False) or isinstance(module, _BatchNorm)
             for tensor in [*module._parameters.values(), *module._buffers.values()]:
                 if tensor is None or added or not tensor.is_floating_point():
                     continue
@@ -203,19 +230,22 @@ class Trunk:
                     if self._keep:
                         kept.append((tensor, tensor.data))
                     tensor.data = tensor.data.to(self.dtype)
+        if self._pixel_dtype in (torch.float32, torch.bfloat16, torch.float16):
+            self._pixel_dtype = self.dtype
 
     def _begin_packing(self, stack: ExitStack) -> None:
         """Packs the rows if packed equals padded on two short texts."""
         segments, ids = self._trial()
         with torch.no_grad():
             wanted = self._padded(ids, segments)
+            self._width = wanted.shape[1]
             attempt = ExitStack()
             try:
                 attempt.enter_context(packed(self.model))
                 self._prove(ids, segments, wanted)
             except CannotPackError as error:
                 attempt.close()
-                self.why_padded = str(error)
+                self.why_padded = "" if self._reads_images else str(error)
                 return
             except BaseException:
                 attempt.close()
@@ -225,11 +255,8 @@ class Trunk:
     def _trial(self) -> tuple[Segments, Tensor]:
         """Two short texts of unlike length, without the padding token; or two images."""
         if self._reads_images:
-            config: Any = self.model.config
-            side = config.image_size
-            height, width = (side, side) if isinstance(side, int) else side
             noise = torch.Generator().manual_seed(0)
-            return Segments.of([1, 1]), torch.randn(2, config.num_channels, height, width, generator=noise)
+            return Segments.of([1, 1]), torch.randn(2, *(self._shape or _shape_of(self.model)), generator=noise)
         vocabulary = int(getattr(self.model.config, "vocab_size", 2))
         known = [token for token in range(vocabulary) if token != self.pad]
         return Segments.of(_TRIAL), torch.tensor([known[(2 + 5 * k) % len(known)] for k in range(sum(_TRIAL))])
@@ -253,15 +280,15 @@ class Trunk:
         raise CannotPackError(f"packed rows differ from padded ones by {error:.1e} of the largest value")
 
     def _begin_groups(self, stack: ExitStack) -> None:
-        if find_home(self.model) is None:
+        if find_home(self._home) is None:
             return
-        switch = switch_of(self.model)
+        switch = switch_of(self._home)
         if len(switch.active) != 1:
             return
         segments, ids = self._trial()
-        with torch.no_grad(), inputs_recorded(self.model) as calls:
+        with torch.no_grad(), inputs_recorded(self._home) as calls:
             self.hidden(ids, segments)
-        self.groups = make_groups(self.model, switch.active[0], calls, self.dtype)
+        self.groups = make_groups(self._home, switch.active[0], calls, self.dtype)
         stack.callback(self.groups.release)
 
     def _begin_blocks(self, stack: ExitStack) -> None:
@@ -312,6 +339,13 @@ def filled(ids: Tensor, segments: Segments, pad: int, least: int = 0) -> tuple[T
     end = segments.starts[-1:] + short
     starts = torch.cat([segments.starts, end])
     return torch.cat([ids, ids.new_full((short,), pad)]), Segments(starts, segments.n_calls)
+
+
+def _shape_of(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a Transformers model takes."""
+    side = model.config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return model.config.num_channels, height, width
 
 
 def _put_back(kept: list[tuple[Any, Tensor]]) -> None:

@@ -1,0 +1,157 @@
+"""Digits of scikit-learn at 32 x 32, a base that has learned 0 to 4 alone, and the two sides that adapt it to all ten.
+
+The base is trained once in every process, with a fixed seed and one thread, so all sides and seeds begin with the same.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Pillow
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import lorakit as lk
+from lorakit.data import Splits
+from lorakit.data.images import Images, load_images
+from lorakit.data.rows import split
+from lorakit.fit.loop import Record
+from lorakit.tasks.base import Base
+from lorakit.tasks.image import Image
+from lorakit.tasks.vision import pooled
+from lorakit.trunk.memory import keep_few_kernels
+
+RANK, SCALE, BATCH = 8, 2.0, 32
+_PRETRAINING = 100  # steps
+
+keep_few_kernels()
+
+Make = Callable[[], nn.Module]
+
+
+def data() -> Splits[Images]:
+    """All ten digits, 1,437 to learn from."""
+    small = load_images("demo:digits")
+    large = tuple(np.asarray(Pillow.fromarray(image).resize((32, 32), 2)) for image in small.images)  # type: ignore[arg-type]
+    return split(replace(small, images=large, known={}), seed=0)
+
+
+def base_of(make: Make, name: str, pool: str) -> Base:
+    """The model, trained as a whole on the training digits 0 to 4."""
+    torch.manual_seed(0)
+    base = Base(make(), None, name, pool, 0)
+    known = data().train
+    known = known.take([i for i, label in enumerate(known.labels or ()) if label < "5"])
+    goal = Image.for_images(("0", "1", "2", "3", "4"), known, base)
+    pixels = goal.examples(known, None, truncate=False)
+    model = base.model.train()
+    head = nn.Linear(goal.width, 5)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-3)
+    for _ in range(_PRETRAINING):
+        batch = pixels.gather(torch.randint(len(pixels), (BATCH,)).tolist())
+        loss = F.cross_entropy(head(pooled(model(pixel_values=batch.pixels), pool)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.eval()
+    return base
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds of the steps after the first, for all of them."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.marks: Any = ()
+
+    def step(self) -> None:
+        """A step is done."""
+        self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """The same for Trainer."""
+        self.step()
+
+    def spent(self) -> dict[str, float]:
+        """Of as many steps."""
+        (wall, cpu), (wall_end, cpu_end) = self.marks
+        share = self.steps / (self.steps - 1)
+        return {"seconds": (wall_end - wall) * share, "cpu": (cpu_end - cpu) * share}
+
+
+def ours(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
+    """lorakit."""
+    clock, rows = Clock(steps), data()
+
+    def watch(record: Record, _: int) -> None:
+        if record.kind == "step":
+            clock.step()
+
+    plan = Image.plan(base.model, RANK, scale=SCALE)
+    epochs = -(-steps * BATCH // len(rows.train)) + 1
+    own: dict[str, Any] = {
+        "schedule": "constant",
+        "warmup": 0.0,
+        "patience": epochs,
+        "threads": torch.get_num_threads(),
+    }
+    one = replace(rows, valid=rows.valid.take(range(1)))  # evaluations on the way are not training
+    result = lk.fit(
+        base, one, "image", plan=plan, epochs=epochs, max_steps=steps, batch_size=BATCH, seed=seed,
+        learning_rate=rate, weight_decay=0.01, watch=watch, **own,
+    )  # fmt: skip
+    return {"metric": result.metrics["accuracy"], **clock.spent()}
+
+
+class Classifier(nn.Module):
+    """The base and a head that begins at zero: the very model that lorakit trains."""
+
+    def __init__(self, base: Base, width: int) -> None:
+        super().__init__()
+        self.trunk, self.pool = base.model, base.pool
+        self.classifier = nn.Linear(width, 10)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.classifier(pooled(self.trunk(pixel_values=pixel_values), self.pool))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Batch norms stay in eval mode, as on our side."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.training = False
+        return self
+
+
+def peer(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
+    """peft and Trainer."""
+    clock, rows = Clock(steps), data()
+    goal = Image.of(rows, base)
+    train, test = (goal.examples(part, None, truncate=False) for part in (rows.train, rows.test))
+    paths = [f"trunk.{path}" for path in Image.plan(base.model, RANK).layers]
+    torch.manual_seed(seed)
+    config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=paths, modules_to_save=["classifier"])
+    model = get_peft_model(Classifier(base, goal.width), config)
+
+    examples = train.gather(range(len(train)))
+    listed = [{"pixel_values": pixels, "labels": label} for pixels, label in zip(examples.pixels, examples.labels)]
+    args = TrainingArguments(
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=rate,
+        lr_scheduler_type="constant", weight_decay=0.01, logging_strategy="no", save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True, seed=seed,
+    )  # fmt: skip
+    Trainer(model=model, args=args, train_dataset=listed, callbacks=[clock]).train()  # type: ignore[arg-type]
+    model.eval()
+    held_out = test.gather(range(len(test)))
+    with torch.no_grad():
+        guess = model(pixel_values=held_out.pixels)["logits"].argmax(-1)
+    return {"metric": float((guess == held_out.labels).double().mean()), **clock.spent()}

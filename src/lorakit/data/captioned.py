@@ -1,0 +1,161 @@
+"""Images with a text each, and one label for both: rows of a table with columns image, text and label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.data.batches import Batch, Examples, TextBatch, Tokens
+from lorakit.data.images import Images, load_images, make_images
+from lorakit.data.pixels import PixelBatch, Pixels
+from lorakit.data.ragged import Ragged
+from lorakit.data.rows import Part, Rows
+from lorakit.data.sources import load_rows
+from lorakit.errors import DataError, listed
+
+
+@dataclass(frozen=True, eq=False)
+class Captioned(Part):
+    """`images` and `texts` of the same rows; the labels are those of the texts."""
+
+    images: Images
+    texts: Rows
+
+    def __repr__(self) -> str:
+        return f"Captioned({len(self)} images with texts, '{self.source}')"
+
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """Where they come from."""
+        return self.texts.source
+
+    @property
+    def lines(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Row numbers."""
+        return self.texts.lines
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each row for people."""
+        return tuple(f"{name} | {text}" for name, text in zip(self.images.names, self.texts.texts))
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A hash of the image, and the text."""
+        return tuple(map("\n".join, zip(self.images.inputs, self.texts.texts)))
+
+    def take(self, indices: Sequence[int]) -> "Captioned":
+        """The rows at these positions."""
+        return Captioned(self.images.take(indices), self.texts.take(indices))
+
+    def digest(self) -> str:
+        """A hash of images, texts and labels, in their order."""
+        return Rows(self.inputs, self.texts.labels, self.source, self.lines).digest()
+
+    def about(self) -> str:
+        """How many labels, and the first row."""
+        return f"{self.texts.about()}; its image: {self.images.names[0]}"
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The labels."""
+        return self.texts.labels
+
+    def faults(self, valid: "Captioned", test: "Captioned") -> list[str]:
+        """As with labelled texts."""
+        return self.texts.faults(valid.texts, test.texts)
+
+
+def load_captioned(
+    source: str | Path,
+    *,
+    image: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    labels: bool = True,
+) -> Captioned:
+    """The rows of one table."""
+    texts = load_rows(source, text=text, label=label, labels=labels)
+    images = load_images(source, image=image, labels=False) if Path(source).is_file() else None
+    if images is None or images.lines != texts.lines:
+        raise DataError(f"'{source}' is no table; give one with the columns image, text and label")
+    return Captioned(images, texts)
+
+
+def make_captioned(given: Sequence[Any]) -> Captioned:
+    """From Python: pairs of an image (as with `make_images`) and a text; no labels."""
+    faults = [
+        f"row {number} is no pair of an image and a text"
+        for number, one in enumerate(given, 1)
+        if not (isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[1], str) and one[1].strip())
+    ]
+    if faults:
+        raise DataError(f"{listed(faults, 5)}; give (image, text) for each, or rows that were read from a table")
+    images = make_images([image for image, _ in given])
+    return Captioned(images, Rows(tuple(text for _, text in given), None, images.source, images.lines))
+
+
+@dataclass(frozen=True, eq=False)
+class PixelsAndTokens(Examples):
+    """The same rows as images and as texts."""
+
+    pixels: Pixels
+    tokens: Tokens
+
+    @property
+    def lines(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Row numbers."""
+        return self.tokens.lines
+
+    @property
+    def pad(self) -> int:  # type: ignore[override]
+        """Of the texts."""
+        return self.tokens.pad
+
+    @property
+    def labels(self) -> Ragged:
+        """The number of each row's label."""
+        return self.tokens.labels
+
+    @cached_property
+    def lengths(self) -> list[int]:  # type: ignore[override]
+        """What the text and the image cost together."""
+        return [a + b for a, b in zip(self.tokens.lengths, self.pixels.lengths)]
+
+    def n_labels(self, indices: Sequence[int]) -> int:
+        """Labels that count in the loss."""
+        return self.tokens.n_labels(indices)
+
+    def gather(self, indices: Sequence[int]) -> "PixelsAndTokensBatch":
+        """The rows at these places."""
+        return PixelsAndTokensBatch(self.pixels.gather(indices), self.tokens.gather(indices))
+
+
+@dataclass(frozen=True)
+class PixelsAndTokensBatch(Batch):
+    """A batch of images, and one of their texts."""
+
+    pixels: PixelBatch
+    tokens: TextBatch
+
+    @property
+    def examples(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Places in the data."""
+        return self.tokens.examples
+
+    @property
+    def labels(self) -> Tensor:  # type: ignore[override]
+        """Numbers of the labels `(b,)`."""
+        return self.tokens.labels
+
+    @property
+    def n_tokens(self) -> int:
+        """Of texts and images."""
+        return self.tokens.n_tokens + self.pixels.n_tokens
+
+    def hidden(self, trunk: Any, prefix: Any = None) -> Any:
+        """What the two models give."""
+        texts = self.tokens
+        return trunk.both(texts.ids, texts.segments, texts.reads, texts.types, self.pixels.pixels)
