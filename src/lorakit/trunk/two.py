@@ -29,10 +29,12 @@ class TextImageTrunk:
     """Runs both models of a TextImage. `shape` is that of an image; the rest is as with Trunk."""
 
     depth = n_blocks = 0  # nothing frozen is kept
+    why_shallow = "of a text with an image nothing is kept"
 
     def __init__(self, model: TextImage, *, dtype: str, pad: int, keep: bool = True, shape: Sequence[int]) -> None:
         self.text = Trunk(model.text, dtype=dtype, pad=pad, keep=keep, home=model)
         self.image = Trunk(model.image, dtype=dtype, keep=keep, shape=shape, home=model)
+        self.precision = dtype
         self._stack = ExitStack()
 
     def __enter__(self) -> "TextImageTrunk":
