@@ -51,7 +51,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"plan takes a torch module, not {type(model).__name__}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if METHODS[method].takes_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise PlanError(f"rank is {rank!r}; use a whole number, 1 or more")
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
