@@ -3,8 +3,6 @@
 The peer is sentence-transformers with its MultipleNegativesRankingLoss: pip install sentence-transformers datasets.
 """
 
-import tempfile
-
 import numpy as np
 import torch
 
@@ -16,6 +14,7 @@ from lorakit.tasks.base import load_base
 from lorakit.tasks.embed import Embed
 from sides.clock import Clock
 from sides.jobs import DATA, SCALE, package_model
+from sides.recipe import arguments
 
 PEER = "peft, sentence-transformers"
 METRIC = "recall at 1"
@@ -68,20 +67,7 @@ def peer(seed: int, steps: int) -> dict[str, float]:
     matrices = ["query", "key", "value", "dense"]
     lora = LoraConfig(r=_RANK, lora_alpha=int(SCALE * _RANK), target_modules=matrices, task_type="FEATURE_EXTRACTION")
     model.add_adapter(lora)
-    args = Arguments(
-        output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=_BATCH,
-        max_steps=steps,
-        learning_rate=_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = Arguments(**arguments(_BATCH, steps, _RATE, seed))
     pairs = [{"anchor": text[one], "positive": text[other]} for one, other in examples.members]
     trainer = SentenceTransformerTrainer(
         model=model,

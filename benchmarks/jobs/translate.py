@@ -4,8 +4,6 @@ A T5 of 4 + 4 blocks of width 256 with MiniLM's vocabulary. Its weights are rand
 low-rank factors alone can teach it, and what a step costs. No text of the held-out rows is learned from.
 """
 
-import tempfile
-import time
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
-    TrainerCallback,
 )
 
 import lorakit as lk
@@ -26,6 +23,7 @@ from lorakit.data.batches import Tokens
 from lorakit.tasks.base import Base
 from lorakit.tasks.translate import Translate
 from sides.jobs import DATA, SCALE, package_model
+from sides.recipe import StepClock, arguments
 
 PEER = "peft, Seq2SeqTrainer"
 METRIC = "token accuracy"
@@ -35,31 +33,9 @@ _BATCH, _RANK, _RATE = 16, 8, 3e-3
 _HELD_OUT = 400
 
 
-class Clock(TrainerCallback):
-    """Wall and processor seconds of the steps after the first, for all of them."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.marks: Any = ()
-
-    def step(self) -> None:
-        """A step is done."""
-        self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The same for Trainer."""
-        self.step()
-
-    def spent(self) -> dict[str, float]:
-        """Of as many steps."""
-        (wall, cpu), (wall_end, cpu_end) = self.marks
-        share = self.steps / (self.steps - 1)
-        return {"seconds": (wall_end - wall) * share, "cpu": (cpu_end - cpu) * share}
-
-
 def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
-    base, clock = _base(), Clock(steps)
+    base, clock = _base(), StepClock(steps)
 
     def watch(record: Any, _: int) -> None:
         if record.kind == "step":
@@ -74,7 +50,7 @@ def ours(seed: int, steps: int) -> dict[str, float]:
 
 def peer(seed: int, steps: int) -> dict[str, float]:
     """peft."""
-    base, clock, data = _base(), Clock(steps), _splits()
+    base, clock, data = _base(), StepClock(steps), _splits()
     goal = Translate.of(data, base)
     train, test = (goal.examples(rows, base.tokenizer, truncate=False) for rows in (data.train, data.test))
     rows = [
@@ -87,20 +63,7 @@ def peer(seed: int, steps: int) -> dict[str, float]:
         r=_RANK, lora_alpha=int(SCALE * _RANK), target_modules=matrices, task_type="SEQ_2_SEQ_LM", lora_dropout=0.0
     )
     model: Any = get_peft_model(base.model, lora)  # type: ignore[arg-type]
-    args = Seq2SeqTrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=_BATCH,
-        max_steps=steps,
-        learning_rate=_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = Seq2SeqTrainingArguments(**arguments(_BATCH, steps, _RATE, seed))
     collator = DataCollatorForSeq2Seq(base.tokenizer, model=base.model)
     Seq2SeqTrainer(model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()  # type: ignore[arg-type]
     return {"metric": _accuracy(model.eval(), test), **clock.spent()}

@@ -3,8 +3,6 @@
 The base is trained once in every process, with a fixed seed and one thread, so all sides and seeds begin with the same.
 """
 
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import lorakit as lk
 from lorakit.data import Splits
@@ -26,6 +24,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.image import Image
 from lorakit.tasks.vision import pooled
 from lorakit.trunk.memory import keep_few_kernels
+from sides.recipe import StepClock, arguments
 
 RANK, SCALE, BATCH = 8, 2.0, 32
 _PRETRAINING, _RATE = 200, 5e-4  # steps; of AdamW
@@ -63,31 +62,9 @@ def base_of(make: Make, name: str, pool: str) -> Base:
     return base
 
 
-class Clock(TrainerCallback):
-    """Wall and processor seconds of the steps after the first, for all of them."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.marks: Any = ()
-
-    def step(self) -> None:
-        """A step is done."""
-        self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The same for Trainer."""
-        self.step()
-
-    def spent(self) -> dict[str, float]:
-        """Of as many steps."""
-        (wall, cpu), (wall_end, cpu_end) = self.marks
-        share = self.steps / (self.steps - 1)
-        return {"seconds": (wall_end - wall) * share, "cpu": (cpu_end - cpu) * share}
-
-
 def ours(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
     """lorakit."""
-    clock, rows = Clock(steps), data()
+    clock, rows = StepClock(steps), data()
 
     def watch(record: Record, _: int) -> None:
         if record.kind == "step":
@@ -133,7 +110,7 @@ class Classifier(nn.Module):
 
 def peer(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
     """peft and Trainer."""
-    clock, rows = Clock(steps), data()
+    clock, rows = StepClock(steps), data()
     goal = Image.of(rows, base)
     train, test = (goal.examples(part, None, truncate=False) for part in (rows.train, rows.test))
     paths = [f"trunk.{path}" for path in Image.plan(base.model, RANK).layers]
@@ -143,11 +120,7 @@ def peer(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
 
     examples = train.gather(range(len(train)))
     listed = [{"pixel_values": pixels, "labels": label} for pixels, label in zip(examples.pixels, examples.labels)]
-    args = TrainingArguments(
-        output_dir=tempfile.gettempdir(), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=rate,
-        lr_scheduler_type="constant", weight_decay=0.01, logging_strategy="no", save_strategy="no", report_to=[],
-        disable_tqdm=True, use_cpu=True, seed=seed,
-    )  # fmt: skip
+    args = TrainingArguments(**arguments(BATCH, steps, rate, seed))
     Trainer(model=model, args=args, train_dataset=listed, callbacks=[clock]).train()  # type: ignore[arg-type]
     model.eval()
     held_out = test.gather(range(len(test)))

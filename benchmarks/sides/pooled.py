@@ -3,47 +3,27 @@
 The same rows, batches of 32 in random order, rank 8, scale 2, a constant learning rate, the same head.
 """
 
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import lorakit as lk
 from lorakit.data import Splits
 from lorakit.tasks.base import load_base
 from lorakit.tasks.task import TASKS
 from sides.jobs import package_model
+from sides.recipe import StepClock, arguments
 
 BATCH, RATE, RANK, SCALE = 32, 1e-3, 8, 2.0
 
 
-@dataclass
-class Clock:
-    """Wall and processor seconds of the steps after the first, for all of them."""
-
-    steps: int
-    marks: Any = ()
-
-    def step(self) -> None:
-        """A step is done."""
-        self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
-
-    def spent(self) -> dict[str, float]:
-        """Of as many steps."""
-        (wall, cpu), (wall_end, cpu_end) = self.marks
-        share = self.steps / (self.steps - 1)
-        return {"seconds": (wall_end - wall) * share, "cpu": (cpu_end - cpu) * share}
-
-
 def fitted(task: str, data: Splits[Any], seed: int, steps: int) -> tuple[lk.Adapter, Any, dict[str, float]]:
     """lorakit: the adapter, its base, and what the steps took."""
-    clock, base = Clock(steps), load_base("minilm")
+    clock, base = StepClock(steps), load_base("minilm")
 
     def watch(record: Any, _: int) -> None:
         if record.kind == "step":
@@ -78,16 +58,6 @@ class Headed(nn.Module):
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
 
-class Steps(TrainerCallback):
-    """Tells a clock of every step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.clock.step()
-
-
 def trained(
     texts: Sequence[Sequence[str]],
     labels: Sequence[Sequence[float]],
@@ -97,30 +67,17 @@ def trained(
     steps: int,
 ) -> tuple[nn.Module, dict[str, float]]:
     """peft with Trainer: the model, and what the steps took. `texts` has one or two columns; `bias` is the head's."""
-    tokenizer, clock = AutoTokenizer.from_pretrained(package_model()), Clock(steps)
+    tokenizer, clock = AutoTokenizer.from_pretrained(package_model()), StepClock(steps)
     torch.manual_seed(seed)
     model = Headed(bias, loss)
     matrices = [f"trunk.{path}" for path, module in model.trunk.named_modules() if isinstance(module, nn.Linear)]
     lora = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=matrices, modules_to_save=["classifier"])
     encoded = tokenizer(*map(list, texts))
     rows = [dict(zip(encoded, values)) | {"labels": own} for *values, own in zip(*encoded.values(), labels)]
-    args = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = TrainingArguments(**arguments(BATCH, steps, RATE, seed))
     adapted: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     collate = DataCollatorWithPadding(tokenizer)
-    Trainer(model=adapted, args=args, train_dataset=rows, data_collator=collate, callbacks=[Steps(clock)]).train()  # type: ignore[arg-type]
+    Trainer(model=adapted, args=args, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()  # type: ignore[arg-type]
     return adapted.eval(), clock.spent()
 
 

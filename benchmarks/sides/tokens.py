@@ -4,14 +4,12 @@ The same examples in batches of random order, rank 8, scale 2, a constant learni
 Transformers' own model with such a head, dropout and all.
 """
 
-import tempfile
-import time
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import lorakit as lk
 from lorakit.data import Splits
@@ -19,35 +17,14 @@ from lorakit.data.batches import Tokens
 from lorakit.tasks.base import load_base
 from lorakit.tasks.task import TASKS, Task
 from sides.jobs import package_model
+from sides.recipe import StepClock, arguments
 
 RATE, RANK, SCALE = 1e-3, 8, 2.0
 
 
-class Clock(TrainerCallback):
-    """Wall and processor seconds of the steps after the first, for all of them."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.marks: Any = ()
-
-    def step(self) -> None:
-        """A step is done."""
-        self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The same for Trainer."""
-        self.step()
-
-    def spent(self) -> dict[str, float]:
-        """Of as many steps."""
-        (wall, cpu), (wall_end, cpu_end) = self.marks
-        share = self.steps / (self.steps - 1)
-        return {"seconds": (wall_end - wall) * share, "cpu": (cpu_end - cpu) * share}
-
-
 def fitted(task: str, data: Splits[Any], seed: int, steps: int, batch: int) -> dict[str, float]:
     """lorakit."""
-    clock, base = Clock(steps), load_base("minilm")
+    clock, base = StepClock(steps), load_base("minilm")
 
     def watch(record: Any, _: int) -> None:
         if record.kind == "step":
@@ -72,23 +49,10 @@ def trained(
 ) -> tuple[nn.Module, dict[str, float]]:
     """peft with Trainer: the model, and what the steps took."""
     torch.manual_seed(seed)
-    clock, tokenizer = Clock(steps), AutoTokenizer.from_pretrained(package_model())
+    clock, tokenizer = StepClock(steps), AutoTokenizer.from_pretrained(package_model())
     matrices = ["query", "key", "value", "dense"]
     lora = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=matrices, task_type=kind)
-    args = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=batch,
-        max_steps=steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = TrainingArguments(**arguments(batch, steps, RATE, seed))
     adapted: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     collate = collator(tokenizer)
     Trainer(model=adapted, args=args, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()  # type: ignore[arg-type]

@@ -56,10 +56,7 @@ class Learner:
         self.prefixes: dict[int, Prefix] = {}  # by the id of their Examples
         self.bound: Bound | None = None  # of the process's memory, between passes
         trunk.refresh()
-        self._in_place(True)
-
-    def _in_place(self, on: bool) -> None:
-        self.trunk.gradients_in_place(on)
+        trunk.gradients_in_place(True)
 
     def batches(self, examples: Examples, epoch: int = 0) -> list[tuple[int, ...]]:
         """Places of every batch of one epoch, in their order; by length where rows are padded."""
@@ -160,12 +157,12 @@ class Learner:
         """Before any step: every update must run, and reach the loss. NoEffectError names those that do not."""
         batch = examples.gather(passes(examples, indices, self.settings.most_tokens)[-1])
         learning = self.flat.named
-        self._in_place(False)
+        self.trunk.gradients_in_place(False)
         with recorded(self.model) as unseen:
             loss = self.loss(batch, examples)
         refuse_unseen(self.model, unseen)
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
-        self._in_place(True)
+        self.trunk.gradients_in_place(True)
         idle = [name for name, gradient in zip(learning, gradients) if gradient is None]
         if idle:
             raise NoEffectError(

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lorakit.attach import activate, attach, detach
 from lorakit.data.dialogues import Dialogues, Turn
 from lorakit.errors import UsageError, nearest
 from lorakit.fit.use import Run, open_run
+from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
 
@@ -85,11 +84,7 @@ class Talk:
         turns = [*self.turns, Turn("user", text)]
         task = self._runs[self.name or self._first][1]
         rows = Dialogues((tuple(turns),), "the conversation", (1,))
-        (found,) = task.predict(rows, self._base, _no_scores, truncate=True, heard=heard, **options)
+        (found,) = task.predict(rows, self._base, no_scores, truncate=True, heard=heard, **options)
         self.turns = [*turns, Turn("assistant", found.answer)]
         answer: str = found.answer
         return answer
-
-
-def _no_scores(_: Any) -> Tensor:
-    raise AssertionError("answers are written, not scored")

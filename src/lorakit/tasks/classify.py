@@ -17,7 +17,7 @@ from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, used, whole
+from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
 from lorakit.tasks.task import TASKS, Scores
 
 
@@ -48,11 +48,7 @@ class Evaluation:
             f"accuracy {self.metrics['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
             f"macro F1 {self.metrics['macro_f1']:.3f}, loss {self.metrics['loss']:.3f}, {self.n_rows} rows",
             "",
-            f"{'label':<{width}}  rows  predicted     F1",
-        ]
-        lines += [
-            f"{label:<{width}}  {values['rows']:4d}  {values['predicted']:9d}  {values['f1']:.3f}"
-            for label, values in self.per_label.items()
+            *table_of(self.per_label, width),
         ]
         return "\n".join(lines)
 

@@ -11,11 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.data.batches import Examples, TextBatch, Tokens
+from lorakit.data.batches import TextBatch, Tokens
 from lorakit.data.dialogues import Dialogues, load_dialogues, make_dialogues
 from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
-from lorakit.tasks.answers import few_short, mean_interval, room_for, sums_of_texts, token_metrics, told_endings
+from lorakit.tasks.answers import (
+    few_short,
+    mean_interval,
+    no_scores,
+    room_for,
+    sums_of_texts,
+    token_metrics,
+    told_endings,
+)
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, has_plain_logits, head_of, summed_loss
 from lorakit.tasks.decode import Spoken, continued
@@ -215,7 +223,7 @@ class Generate(Task):
         texts = Template(base.tokenizer, self.template).texts(some)
         expected = max(len(written[-1].ids) - written[-1].answer for written in texts)
         most = room_for(expected)
-        found = self.predict(some.asked(), base, _no_scores, truncate=True, max_new_tokens=most)
+        found = self.predict(some.asked(), base, no_scores, truncate=True, max_new_tokens=most)
         example = {"prompt": found[0].text, "answer": found[0].answer, "expected": some.answers[0]}
         ended = sum(one.stopped for one in found)
         return {"ends_by_itself": ended / len(found), "tried": len(found), "tried_tokens": most, "example": example}
@@ -224,10 +232,6 @@ class Generate(Task):
     def told(cls, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         """How many answers ended, one of them, and a warning if none did."""
         return told_endings(summary)
-
-
-def _no_scores(examples: Examples) -> Tensor:
-    raise AssertionError("answers are written, not scored")
 
 
 def cut(text: Text, max_length: int, bos: int | None = None) -> Text:

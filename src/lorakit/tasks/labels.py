@@ -21,7 +21,7 @@ from lorakit.data.rows import Splits, in_order
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import interval
-from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, used, whole
+from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
 from lorakit.tasks.task import TASKS, Scores
 
 _THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
@@ -55,11 +55,7 @@ class Evaluation:
             f"macro F1 {self.metrics['macro_f1']:.3f}, all labels right {self.metrics['subset_accuracy']:.1%}, "
             f"loss {self.metrics['loss']:.3f}, {self.n_rows} rows, threshold {self.threshold:g}",
             "",
-            f"{'label':<{width}}  rows  predicted     F1",
-        ]
-        lines += [
-            f"{label:<{width}}  {values['rows']:4d}  {values['predicted']:9d}  {values['f1']:.3f}"
-            for label, values in self.per_label.items()
+            *table_of(self.per_label, width),
         ]
         return "\n".join(lines)
 

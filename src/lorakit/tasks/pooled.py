@@ -125,6 +125,17 @@ def whole(text: str, text2: str) -> str:
     return f"{text} | {text2}" if text2 else text
 
 
+def table_of(per_label: Mapping[str, Mapping[str, Any]], width: int) -> list[str]:
+    """Counts and F1 of every label, a line each under a header."""
+    return [
+        f"{'label':<{width}}  rows  predicted     F1",
+        *(
+            f"{label:<{width}}  {values['rows']:4d}  {values['predicted']:9d}  {values['f1']:.3f}"
+            for label, values in per_label.items()
+        ),
+    ]
+
+
 def mean_of_segments(hidden: Tensor, segments: Segments) -> Tensor:
     """The mean hidden state of each text: `hidden (tokens, d)` -> `(texts, d)`, summed in float32."""
     owners = segments.owners().to(hidden.device)

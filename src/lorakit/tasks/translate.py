@@ -11,11 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.data.batches import Examples, TextBatch, Tokens
+from lorakit.data.batches import TextBatch, Tokens
 from lorakit.data.rows import Splits
 from lorakit.data.translations import Translations, load_translations, make_translations
 from lorakit.errors import DataError, UsageError
-from lorakit.tasks.answers import few_short, mean_interval, room_for, sums_of_texts, token_metrics, told_endings
+from lorakit.tasks.answers import (
+    few_short,
+    mean_interval,
+    no_scores,
+    room_for,
+    sums_of_texts,
+    token_metrics,
+    told_endings,
+)
 from lorakit.tasks.base import Base
 from lorakit.tasks.decode import rewritten
 from lorakit.tasks.overlap import overlap
@@ -239,7 +247,7 @@ class Translate(Task):
         assert some.targets is not None
         tokens = self.examples(some, base.tokenizer, truncate=True)
         most = min(room_for(max(len(labels) for labels in tokens.labels)), self.max_length)
-        found = self.predict(some, base, _no_scores, truncate=True, max_new_tokens=most)
+        found = self.predict(some, base, no_scores, truncate=True, max_new_tokens=most)
         example = {"prompt": found[0].text, "answer": found[0].target, "expected": some.targets[0]}
         ended = sum(one.stopped for one in found)
         return {"ends_by_itself": ended / len(found), "tried": len(found), "tried_tokens": most, "example": example}
@@ -248,10 +256,6 @@ class Translate(Task):
     def told(cls, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         """How many answers ended, one of them, and a warning if none did."""
         return told_endings(summary)
-
-
-def _no_scores(examples: Examples) -> Tensor:
-    raise AssertionError("answers are written, not scored")
 
 
 def _marks(base: Base) -> tuple[int, Ids]:
