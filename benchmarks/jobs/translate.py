@@ -37,14 +37,10 @@ def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
     base, clock = _base(), StepClock(steps)
 
-    def watch(record: Any, _: int) -> None:
-        if record.kind == "step":
-            clock.step()
-
     settings = {"epochs": 1, "batch_size": _BATCH, "max_steps": steps, "learning_rate": _RATE, "seed": seed}
     settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads()}
     plan = lk.plan(base.model, _RANK, scale=SCALE)
-    result = lk.fit(base, _splits(), "translate", plan=plan, watch=watch, **settings)
+    result = lk.fit(base, _splits(), "translate", plan=plan, watch=clock.watch, **settings)
     return {"metric": result.metrics["token_accuracy"], **clock.spent()}
 
 

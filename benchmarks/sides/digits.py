@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTModel
 
 import lorakit as lk
 from lorakit.data import Splits
 from lorakit.data.images import Images, load_images
 from lorakit.data.rows import split
-from lorakit.fit.loop import Record
 from lorakit.tasks.base import Base
 from lorakit.tasks.image import Image
 from lorakit.tasks.vision import pooled
@@ -62,13 +61,22 @@ def base_of(make: Make, name: str, pool: str) -> Base:
     return base
 
 
+def vit() -> Base:
+    """A small Vision Transformer (16 patches)."""
+    return base_of(_vit, "vit", "cls")
+
+
+def _vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
+        image_size=32, patch_size=8, num_channels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return ViTModel(config, add_pooling_layer=False)
+
+
 def ours(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
     """lorakit."""
     clock, rows = StepClock(steps), data()
-
-    def watch(record: Record, _: int) -> None:
-        if record.kind == "step":
-            clock.step()
 
     plan = Image.plan(base.model, RANK, scale=SCALE)
     epochs = -(-steps * BATCH // len(rows.train)) + 1
@@ -80,7 +88,7 @@ def ours(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
     }
     result = lk.fit(
         base, rows, "image", plan=plan, epochs=epochs, max_steps=steps, batch_size=BATCH, seed=seed,
-        learning_rate=rate, weight_decay=0.01, watch=watch, **own,
+        learning_rate=rate, weight_decay=0.01, watch=clock.watch, **own,
     )  # fmt: skip
     return {"metric": result.metrics["accuracy"], **clock.spent()}
 

@@ -78,14 +78,25 @@ def rows(job: str) -> tuple[list[Row], list[Row]]:
 
 
 def _polarity() -> list[Row]:
+    texts, liked = zip(*_reviews())
+    return list(zip(tokenizer()(list(texts))["input_ids"], [[int(label == "liked")] for label in liked]))
+
+
+def _reviews() -> list[tuple[str, str]]:
     archive = zipfile.ZipFile(DATA / "rt_polarity" / "sentence_polarity.zip")
-    texts, labels = [], []
+    found: list[tuple[str, str]] = []
     for name in sorted(archive.namelist()):
         if name.endswith((".pos", ".neg")):
             lines = [line.strip() for line in archive.read(name).decode("latin-1").splitlines()]
-            texts += [line for line in lines if line]
-            labels += [[int(name.endswith(".pos"))]] * sum(map(bool, lines))
-    return list(zip(tokenizer()(texts)["input_ids"], labels))
+            found += [(line, "liked" if name.endswith(".pos") else "disliked") for line in lines if line]
+    return found
+
+
+def sentences() -> tuple[list[str], list[str]]:
+    """Sentences of film reviews in an order of a fixed seed, and whether each was "liked" or "disliked"."""
+    found = _reviews()
+    random.Random(1).shuffle(found)
+    return [text for text, _ in found], [label for _, label in found]
 
 
 def _pairs(pairs: list[tuple[str, str]]) -> list[Row]:

@@ -25,13 +25,9 @@ def fitted(task: str, data: Splits[Any], seed: int, steps: int) -> tuple[lk.Adap
     """lorakit: the adapter, its base, and what the steps took."""
     clock, base = StepClock(steps), load_base("minilm")
 
-    def watch(record: Any, _: int) -> None:
-        if record.kind == "step":
-            clock.step()
-
     settings = {"epochs": 1, "batch_size": BATCH, "max_steps": steps, "learning_rate": RATE, "seed": seed}
     settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads()}
-    result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=watch, **settings)
+    result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=clock.watch, **settings)
     return result.adapter, base, clock.spent()
 
 

@@ -36,6 +36,11 @@ class StepClock(TrainerCallback):
         """A step is done."""
         self.marks = (*self.marks[:1], (time.perf_counter(), time.process_time()))
 
+    def watch(self, record: Any, _: int) -> None:
+        """The same for a fit of ours."""
+        if record.kind == "step":
+            self.step()
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The same for Trainer."""
         self.step()

@@ -26,13 +26,9 @@ def fitted(task: str, data: Splits[Any], seed: int, steps: int, batch: int) -> d
     """lorakit."""
     clock, base = StepClock(steps), load_base("minilm")
 
-    def watch(record: Any, _: int) -> None:
-        if record.kind == "step":
-            clock.step()
-
     settings = {"epochs": 1000, "batch_size": batch, "max_steps": steps, "learning_rate": RATE, "seed": seed}
     settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads(), "patience": 1000}
-    result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=watch, **settings)
+    result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=clock.watch, **settings)
     return {"metric": result.metrics["f1"], **clock.spent()}
 
 
