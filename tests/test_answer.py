@@ -102,7 +102,7 @@ def test_no_answer_is_an_answer_too(place):
     assert load_questions(in_memory([{**ROW, "answer": ""}])).answers == ((),)
     assert load_questions(place / "two.json").n_empty == 54
     one, two = (load_questions(place / name) for name in ("one.json", "two.json"))
-    assert "row 1 has no answer, and all training rows have one" in one.faults(two, two)[0]
+    assert "row 1: it has no answer, and all training rows have one" in one.faults(two, two)[0]
     assert "nothing to learn" in two.take([0]).faults(one, one)[0]
 
 
@@ -236,7 +236,7 @@ def test_it_learns_that_there_is_no_answer(place, base):
 
 
 def test_what_cannot_be_used_is_told(place, base, data, result):
-    with pytest.raises(DataError, match="row 1 has no answer, and all training rows had one"):
+    with pytest.raises(DataError, match="row 1: it has no answer, and all training rows had one"):
         lk.evaluate(place / "run", place / "two.json")
     with pytest.raises(DataError, match="no answers to evaluate"):
         lk.evaluate(place / "run", make_questions(["like? rain"]))

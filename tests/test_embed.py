@@ -268,7 +268,7 @@ def test_rows_that_cannot_be_learned_from_are_refused(place, tmp_path):
     base = load_base(str(place / "base"))
     lines = [f"{word} and {word},{topic}" for topic, words in WORDS.items() for word in words]
     (tmp_path / "alone.csv").write_text("\n".join(["text,label", *lines, "x,odd", "x,odd", "x,odd"]), encoding="utf-8")
-    with pytest.raises(DataError, match="1 labels have one text only, e.g. 'odd'; a pair needs two"):
+    with pytest.raises(DataError, match="row 33: label 'odd' has one text only; a pair needs two"):
         lk.fit(base, tmp_path / "alone.csv", "embed")
     (tmp_path / "one.csv").write_text("\n".join(["text,label", *lines[:10]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"one class only \('weather'\)"):

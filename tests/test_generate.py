@@ -301,7 +301,7 @@ def test_rows_of_another_form_and_other_tasks_are_refused(place, data, run):
         lk.evaluate(place / "run", load_rows(place / "labelled.csv"))
     with pytest.raises(UsageError, match="unknown task 'generat'; did you mean 'generate'"):
         lk.fit(str(place / "llama"), data, "generat")
-    with pytest.raises(DataError, match=r"26 faults:\s+- row \d+ has no answer to learn"):
+    with pytest.raises(DataError, match=r"26 faults:\s+- row \d+: it has no answer to learn"):
         lk.evaluate(place / "run", data.test.asked())
     unanswered = replace(data, valid=data.valid.asked())
     with pytest.raises(DataError, match=r"row \d+: it does not end with an answer"):

@@ -60,7 +60,7 @@ def test_a_fit_takes_them_and_gives_the_same_adapter_as_the_file(place, base, ro
 
 def test_faults_name_the_row_or_the_column():
     for wrong, error, words in (
-        ([{"text": "a", "label": "b"}, "c"], DataError, "row 2 is 'c', not a dict"),
+        ([{"text": "a", "label": "b"}, "c"], DataError, "row 2: it is 'c', not a dict"),
         ({"text": ["a", "b"], "label": ["x"]}, DataError, "unlike length: 'text' has 2, 'label' has 1"),
         ({"text": "a", "label": "b"}, UsageError, "must have a list for each column"),
         ([{"txt": "a", "label": "b"}] * 9, DataError, "'the rows in memory' has no column with a usual name"),

@@ -8,6 +8,7 @@ LorakitError
 ├── AttachError           the model is not in a state in which this can be done
 │   └── NoEffectError     an attached update never ran
 ├── DataError             training or prediction data that cannot be used
+│   └── BadRowsError      some rows of it, which can be left out
 ├── FitError              training that cannot go on (diverged, nothing to train, not resumable)
 │   ├── NotFiniteError    the loss or its gradient is infinite or none at all
 │   └── StoppedError      stopped by the user (exit code 130)
@@ -16,8 +17,9 @@ LorakitError
 A message states the fact, the place, the numbers and the way out, in one sentence where it fits in one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class LorakitError(Exception):
@@ -50,6 +52,14 @@ class NoEffectError(AttachError):
 
 class DataError(LorakitError, ValueError):
     """Training or prediction data that cannot be used."""
+
+
+class BadRowsError(DataError):
+    """Some rows of the data that cannot be used: `rows` (data/faults.py says what they are)."""
+
+    def __init__(self, message: str, rows: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class FitError(LorakitError, RuntimeError):

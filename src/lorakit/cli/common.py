@@ -51,6 +51,7 @@ BASE_HELP = (
     "minilm, a Transformers directory, or a name on the hub; recommend: a directory of tables, or new:64 for tables of "
     "width 64 that are trained from scratch"
 )
+SKIP_HELP = "most rows that cannot be used and are left out, of all parts together (default 0: none, they are refused)"
 FORMS = {  # what else is to know of a table; each task says the same way which it takes
     "labels": ("A,B,C", "labels: columns of 0 and 1, one for each label, instead of --label"),
     "delimiter": ("MARK", "labels: what stands between labels in one field (found if it is one of ; | ,)"),

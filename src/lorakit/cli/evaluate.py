@@ -14,7 +14,7 @@ import argparse
 from dataclasses import asdict
 
 from lorakit.cli import Reply
-from lorakit.cli.common import bar, columns_for, data_arguments
+from lorakit.cli.common import SKIP_HELP, bar, columns_for, data_arguments
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +23,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="file with texts and right answers, or demo:support_test")
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
     data_arguments(parser)
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help=SKIP_HELP)
 
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, evaluates, prints."""
+    from lorakit.data.faults import counted, skipping, told
     from lorakit.fit.use import evaluate, open_run
 
     opened = open_run(args.run)
     task = opened[1]
-    rows = task.read(args.data, **columns_for(task, args))
-    base = task.load_base(args.base) if args.base else None
-    found = evaluate(opened, rows, base=base, truncate=args.truncate, watch=bar(len(rows), "row"))
-    return Reply(str(found), asdict(found))  # type: ignore[call-overload]
+    with skipping(args.skip_bad) as skipped:
+        rows = task.read(args.data, **columns_for(task, args))
+        base = task.load_base(args.base) if args.base else None
+        found = evaluate(opened, rows, base=base, truncate=args.truncate, watch=bar(len(rows), "row"))
+    text = "\n\n".join([str(found), *(f"note: {line}" for line in told(skipped.bad))])
+    return Reply(text, {**asdict(found), "skipped": counted(skipped.bad)})  # type: ignore[call-overload]

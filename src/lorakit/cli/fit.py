@@ -24,6 +24,7 @@ from typing import Any
 from lorakit.cli import Reply
 from lorakit.cli.common import (
     BASE_HELP,
+    SKIP_HELP,
     TASK_HELP,
     columns_for,
     data_arguments,
@@ -61,6 +62,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "threads": (int, "threads to train with; 0 for OMP_NUM_THREADS, or what a short trial finds fastest"),
     "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
+    "skip-bad": (int, SKIP_HELP),
 }
 _CHOICES: dict[str, dict[str, Any]] = {  # each task says which of them it knows
     "beta": {"type": float, "help": "prefer: how firmly the model is held to its base (default 0.1)"},
@@ -102,6 +104,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
+    from lorakit.data.faults import skipping, told, usable
     from lorakit.errors import StoppedError, UsageError
     from lorakit.fit.directory import claim
     from lorakit.fit.run import fit
@@ -118,10 +121,13 @@ def run(args: argparse.Namespace) -> Reply:
         claim(Path(args.out), args.resume, args.overwrite)
     columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template", "source_prefix"), task.wishes)
     seed = settings.get("seed", 0)
-    data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
     if args.plan and plan_flags_given(args):
         raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
-    base = task.base_for(args.base, data, **wishes)
+    with skipping(settings.get("skip_bad", 0)):
+        data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
+        data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
+    for line in told(data.skipped):
+        say(f"note: {line}")
     say(
         f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
         f"{len(data.test)} to report on"

@@ -79,9 +79,13 @@ def load_captioned(
     """The rows of one table."""
     texts = load_rows(source, text=text, label=label, labels=labels)
     images = load_images(source, image=image, labels=False) if Path(source).is_file() else None
-    if images is None or images.lines != texts.lines:
+    if images is None:
         raise DataError(f"'{source}' is no table; give one with the columns image, text and label")
-    return Captioned(images, texts)
+    both = {*images.lines} & {*texts.lines}  # of each half other rows may have been left out
+    if not both:
+        raise DataError(f"'{source}': no row has an image and a text that can be used")
+    of_images, of_texts = ([i for i, line in enumerate(part.lines) if line in both] for part in (images, texts))
+    return Captioned(images.take(of_images), texts.take(of_texts))
 
 
 def make_captioned(given: Sequence[Any]) -> Captioned:

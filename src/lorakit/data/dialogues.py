@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed, nearest
+from lorakit.errors import DataError, nearest
 
 PAIRS = (
     ("prompt", "completion"),
@@ -100,7 +101,7 @@ class Dialogues(Part):
     def faults(self, valid: "Dialogues", test: "Dialogues") -> list[str]:
         """Every dialogue must end with an answer."""
         return [
-            f"'{part.source}' row {line}: it does not end with an answer of the assistant"
+            BadRow(part.source, line, "it does not end with an answer of the assistant")
             for part in (self, valid, test)
             for line, answer in zip(part.lines, part.answers)
             if answer is None
@@ -135,15 +136,14 @@ def load_dialogues(
 def _read(source: str, rows: Any, read: Callable[[Mapping[str, Any]], Turns], header: bool = True) -> Dialogues:
     turns: list[Turns] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in rows:
         try:
             turns.append(read(row))
             lines.append(line)
         except DataError as error:
-            faults.append(f"row {line}: {error}")
-    if faults:
-        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+            faults.append((line, str(error)))
+    leave_out(source, faults, left=len(turns))
     if not turns:
         raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
     return Dialogues(tuple(turns), source, tuple(lines))

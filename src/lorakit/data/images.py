@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part, Rows
 from lorakit.data.sources import column_of
 from lorakit.data.tables import DEMO, is_dataset, open_table
@@ -98,20 +99,21 @@ def load_images(
     names: list[str] = []
     found: list[str] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in table:
         try:
-            images.append(_cell(row.get(of_image), path.parent))
+            picture = _cell(row.get(of_image), path.parent)
         except DataError as error:
-            faults.append(f"row {line}: column '{of_image}' {error}")
+            faults.append((line, f"column '{of_image}' {error}"))
             continue
         if labels and str(row.get(of_label) if row.get(of_label) is not None else "").strip() == "":
-            faults.append(f"row {line}: column '{of_label}' is empty")
+            faults.append((line, f"column '{of_label}' is empty"))
+            continue
+        images.append(picture)
         lines.append(line)
         names.append(str(row[of_image]) if isinstance(row[of_image], str) else f"row {line}")
         found.append(str(row.get(of_label)).strip())
-    if faults:
-        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+    leave_out(name, faults, left=len(images))
     if not images:
         raise DataError(f"'{name}' has no rows")
     return Images(tuple(images), tuple(names), tuple(found) if labels else None, name, tuple(lines))

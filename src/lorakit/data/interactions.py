@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.rows import Part
 from lorakit.data.sources import column_of
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError
 
 USER_NAMES = ("user", "user_id", "userid", "uid", "customer", "customer_id", "reviewerid")
 ITEM_NAMES = ("item", "item_id", "itemid", "iid", "movieid", "movie_id", "product", "product_id", "productid", "asin")
@@ -72,9 +73,8 @@ class Interactions(Part):
         for part in (valid, test):
             for user, item, line in zip(part.users, part.items or (), part.lines):
                 if (user, item) in learned:
-                    faults.append(
-                        f"'{part.source}' row {line}: '{user}' had '{item}' in the training rows; remove one of them"
-                    )
+                    why = f"'{user}' had '{item}' in the training rows; remove one of them"
+                    faults.append(BadRow(part.source, line, why))
         return faults
 
     def parted(self, draw: random.Random, valid: bool, test: bool) -> tuple[list[int], list[int], list[int]]:
@@ -121,23 +121,21 @@ def load_interactions(
     time_column = column_of(name, columns, time, TIME_NAMES, "time", needed=False) if items else ""
     rating_column, least = _threshold(name, columns, rating) if rating and items else ("", 0.0)
     found: dict[tuple[str, str], tuple[float, int]] = {}
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in table:
         who, what = (_word(row.get(column)) if column else "" for column in (user_column, item_column))
-        for column, word in ((user_column, who), (item_column, what)):
-            if column and not word:
-                faults.append(f"row {line}: column '{column}' is empty")
+        empty = [column for column, word in ((user_column, who), (item_column, what)) if column and not word]
+        faults += [(line, f"column '{column}' is empty") for column in empty]
         stars = _number(row.get(rating_column)) if rating_column else least
         when = _moment(row.get(time_column)) if time_column else 0.0
         if stars is None:
-            faults.append(f"row {line}: column '{rating_column}' is {row.get(rating_column)!r:.40}, which is no number")
+            faults.append((line, f"column '{rating_column}' is {row.get(rating_column)!r:.40}, which is no number"))
         elif when is None:
             told = f"{row.get(time_column)!r:.40}, neither a number nor a date like 2026-01-31"
-            faults.append(f"row {line}: column '{time_column}' is {told}")
-        elif stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
+            faults.append((line, f"column '{time_column}' is {told}"))
+        elif not empty and stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
             found[who, what] = (when, line)
-    if faults:
-        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+    leave_out(name, faults)
     if not found:
         why = f"no row with {rating_column} >= {least:g}" if rating_column else "a header and no rows"
         raise DataError(f"'{name}' has {why}" if columns else f"'{name}' is empty")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Texts, at
 from lorakit.data.sources import LABEL_NAMES, column_of, read_texts, text_columns
@@ -92,11 +93,11 @@ class LabelSets(Texts):
         return faults + self.unlike(valid, test)
 
 
-def unseen(part: LabelSets, known: set[str]) -> list[str]:
+def unseen(part: LabelSets, known: set[str]) -> list[BadRow]:
     """Labels of the part that are not known, row by row."""
+    way = "add examples of it there, or remove it here; or is it two labels, with another delimiter between them"
     return [
-        f"'{part.source}' row {line}: label '{label}' does not occur in the training rows; add examples of it there, "
-        "or remove it here; or is it two labels, with another delimiter between them (--delimiter)?"
+        BadRow(part.source, line, f"label '{label}' does not occur in the training rows; {way} (--delimiter)?")
         for own, line in zip(part.labels or (), part.lines)
         for label in own
         if label not in known

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.rows import Part
 from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, load_rows
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed, nearest
+from lorakit.errors import DataError, nearest
 
 QUERIES = ("query", "anchor", "question")
 POSITIVES = ("positive", "answer", "document", "passage")
@@ -95,12 +96,12 @@ class Matches(Part):
             return faults
         if len(set(self.labels)) < 2:
             faults.append(f"'{self.source}' has one class only ('{self.labels[0]}'); nothing in it is unlike")
-        alone = [label for label, texts in _by_label(self).items() if len(texts) < 2]
-        if alone:
-            faults.append(
-                f"'{self.source}': {len(alone)} labels have one text only, e.g. '{alone[0]}'; a pair needs two, so add "
-                "texts or remove them"
-            )
+        texts_of = _by_label(self)
+        faults += [
+            BadRow(self.source, line, f"label '{label}' has one text only; a pair needs two, so add texts or remove it")
+            for line, label in zip(self.lines, self.labels)
+            if len(texts_of[label]) < 2
+        ]
         faults += [
             f"'{part.source}' has no label with two texts, so nothing can be found in it; add rows"
             for part in (valid, test)
@@ -167,15 +168,14 @@ def load_matches(
     names = [column for column in (first, found["positive"], found["negative"]) if column]
     texts: list[tuple[str, ...]] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in table:
         try:
             texts.append(_row(row, names))
             lines.append(line)
         except DataError as error:
-            faults.append(f"row {line}: {error}")
-    if faults:
-        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+            faults.append((line, str(error)))
+    leave_out(name, faults, left=len(texts))
     if not texts:
         raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
     queries, positives, *more = zip(*texts)

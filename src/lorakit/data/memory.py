@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from lorakit.data.faults import leave_out
 from lorakit.errors import DataError, UsageError
 
 NAME = "the rows in memory"
@@ -15,18 +16,18 @@ class Memory:
     """A table in memory, which readers take as they take a file. `str` of it is for messages."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = NAME) -> None:
-        wrong = next((n for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)
-        if wrong is not None:
-            raise DataError(f"{name}: row {wrong} is {rows[wrong - 1]!r:.60}, not a dict with a value for each column")
-        self.rows, self.name = rows, name
-        self.columns = list(dict.fromkeys(str(column) for row in rows for column in row))
+        self.rows, self.name = [(n, dict(row)) for n, row in enumerate(rows, 1) if isinstance(row, Mapping)], name
+        wrong = [(n, row) for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
+        faults = [(n, f"it is {row!r:.60}, not a dict with a value for each column") for n, row in wrong]
+        leave_out(name, faults, left=len(self.rows))
+        self.columns = list(dict.fromkeys(str(column) for _, row in self.rows for column in row))
 
     def __str__(self) -> str:
         return self.name
 
     def table(self) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
         """Column names, and rows by number."""
-        return self.columns, enumerate(map(dict, self.rows), 1)
+        return self.columns, iter(self.rows)
 
 
 def in_memory(data: object, name: str = NAME) -> Memory:

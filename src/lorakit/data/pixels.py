@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakit.data.batches import IGNORED, Batch, Examples
+from lorakit.data.faults import refuse_rows, tolerant
 from lorakit.data.images import Images, opened
-from lorakit.errors import DataError, LorakitError, MissingExtraError, listed
+from lorakit.errors import DataError, LorakitError, MissingExtraError
 from lorakit.trunk.memory import available_memory
 
 _SHARE = 0.25  # of what is free, for decoded images
@@ -148,20 +149,22 @@ class Pixels(Examples):
 
     @classmethod
     def of(cls, rows: Images, labels: Sequence[int], lens: Lens, cost: int) -> "Pixels":
-        """Decoded now if there is room. DataError names every image that cannot be used."""
+        """Decoded now if there is room; looked at now too where bad rows are left out. BadRowsError names every image
+        that cannot be used."""
         found = cls(rows, tuple((label,) for label in labels), lens, cost, rows.lines)
         n_bytes = len(rows) * lens.channels * int(np.prod(lens.size or (1, 1))) * (4 if lens.exact else 1)
-        if n_bytes > _SHARE * available_memory():
+        room = n_bytes <= _SHARE * available_memory()
+        if not room and not tolerant():
             return found
-        seen, faults = list[Tensor](), list[str]()
+        seen, faults = list[Tensor](), list[tuple[int, str]]()
         for i in range(len(rows)):
             try:
-                seen.append(found.see(i))
+                pixels = found.see(i)
+                seen += [pixels] if room else []
             except DataError as error:
-                faults.append(str(error))
-        if faults:
-            raise DataError(f"'{rows.source}': {listed(faults, 5)}; mend or remove them")
-        return replace(found, kept=torch.stack(seen))
+                faults.append((rows.lines[i], str(error)))
+        refuse_rows(rows.source, faults)
+        return replace(found, kept=torch.stack(seen)) if room else found
 
     @property
     def lengths(self) -> list[int]:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.dialogues import MESSAGES, Dialogues, Turn, Turns, load_dialogues, read_messages, read_text
+from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed, nearest
+from lorakit.errors import DataError, nearest
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 _TALK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -114,7 +115,7 @@ def load_preferences(
     turns: list[Turns] = []
     pairs: list[tuple[str, str]] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in table:
         try:
             before, answer = read(row, good or "")
@@ -123,9 +124,8 @@ def load_preferences(
             turns.append(before)
             lines.append(line)
         except DataError as error:
-            faults.append(f"row {line}: {error}")
-    if faults:
-        raise DataError(f"'{name}': {listed(faults, 5)}; mend or remove these rows")
+            faults.append((line, str(error)))
+    leave_out(name, faults, left=len(turns))
     if not turns:
         raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
     firsts, seconds = zip(*pairs) if answers else (None, None)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.sources import column_of
 from lorakit.data.tables import open_table, read_text
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError
 
 NAMES = {
     "question": ("question", "query"),
@@ -92,10 +93,10 @@ class Questions(Part):
             faults = [fault for part in (valid, test) for fault in part.empty(f"all training rows have one; {way}")]
         return faults
 
-    def empty(self, way: str) -> list[str]:
-        """A line for each row without an answer; `way` says what that means."""
+    def empty(self, way: str) -> list[BadRow]:
+        """The rows without an answer; `way` says what that means."""
         pairs = zip(self.lines, self.answers or ())
-        return [f"'{self.source}' row {line} has no answer, and {way}" for line, answers in pairs if not answers]
+        return [BadRow(self.source, line, f"it has no answer, and {way}") for line, answers in pairs if not answers]
 
 
 def make_questions(given: Sequence[Any], source: str = "texts") -> Questions:
@@ -104,13 +105,14 @@ def make_questions(given: Sequence[Any], source: str = "texts") -> Questions:
     >>> make_questions(["Who came? Ann came.", ("Who left?", "Bob left.")]).contexts
     ('Ann came.', 'Bob left.')
     """
-    faults: list[str] = []
-    found = []
+    faults: Faults = []
+    found: list[Row] = []
     for line, one in enumerate(given, 1):
         if isinstance(one, str):
             end = min((one.index(mark) + 1 for mark in _MARKS if mark in one), default=0)
             if not one[:end].strip() or not one[end:].strip():
-                faults.append(f"row {line}: {one[:60]!r} is not a question up to '?' or a line break, and its context")
+                faults.append((line, f"{one[:60]!r} is not a question up to '?' or a line break, and its context"))
+                continue
             one = (one[:end], one[end:])
         pair = (one.get("question"), one.get("context")) if isinstance(one, Mapping) else tuple(one)
         found.append((line, *(pair if len(pair) == 2 else (None, None)), None))
@@ -122,11 +124,15 @@ def load_questions(source: str | Path | Memory, *, answers: bool = True, **colum
 
     `answers=False` reads none. DataError names every row that cannot be used, and why.
     """
-    squad = _squad(source)
-    rows = _of_squad(squad, source, answers) if squad is not None else _of_table(source, answers, **columns)
-    return _checked(str(source), list(rows), [])
+    squad, faults = _squad(source), list[tuple[int, str]]()
+    if squad is not None:
+        rows = _of_squad(squad, source, answers, faults)
+    else:
+        rows = _of_table(source, answers, faults, **columns)
+    return _checked(str(source), list(rows), faults)
 
 
+Faults = list[tuple[int, str]]
 Row = tuple[int, Any, Any, Any]  # row number, question, context, answers: pairs of text and start or None; or None
 
 
@@ -146,7 +152,7 @@ def _squad(source: str | Path | Memory) -> Mapping[str, Any] | None:
     return found
 
 
-def _of_squad(squad: Mapping[str, Any], source: str | Path | Memory, answers: bool) -> Iterator[Row]:
+def _of_squad(squad: Mapping[str, Any], source: str | Path | Memory, answers: bool, faults: Faults) -> Iterator[Row]:
     """Rows are counted by questions."""
     line = 0
     try:
@@ -154,15 +160,21 @@ def _of_squad(squad: Mapping[str, Any], source: str | Path | Memory, answers: bo
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     line += 1
-                    empty = asked.get("is_impossible", False)
-                    said = ([] if empty else _pairs(asked["answers"])) if answers else None
-                    yield line, asked["question"], paragraph["context"], said
+                    try:
+                        empty = asked.get("is_impossible", False)
+                        said = ([] if empty else _pairs(asked["answers"])) if answers else None
+                        yield line, asked["question"], paragraph["context"], said
+                    except (KeyError, TypeError, AttributeError) as error:
+                        faults.append((line, f"this question {_unlike(error)}"))
     except (KeyError, TypeError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"is not as SQuAD is ({error})"
-        raise DataError(f"'{source}': what stands after question {line} {what}") from None
+        raise DataError(f"'{source}': what stands after question {line} {_unlike(error)}") from None
 
 
-def _of_table(source: str | Path | Memory, answers: bool, **columns: str | None) -> Iterator[Row]:
+def _unlike(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else f"is not as SQuAD is ({error})"
+
+
+def _of_table(source: str | Path | Memory, answers: bool, faults: Faults, **columns: str | None) -> Iterator[Row]:
     names, table = open_table(source)
     needed = {"question": True, "context": True, "answer": answers, "begin": False}
     asked, context, answer, start = (
@@ -172,7 +184,11 @@ def _of_table(source: str | Path | Memory, answers: bool, **columns: str | None)
         said = None
         if answers:
             value, begin = row.get(answer), row.get(start) if start else None
-            said = _pairs(value) if isinstance(value, Mapping | list) else _written(value, begin)
+            try:
+                said = _pairs(value) if isinstance(value, Mapping | list) else _written(value, begin)
+            except (TypeError, AttributeError):
+                faults.append((line, f"column '{answer}' is {value!r:.60}; it must be an answer, or texts and starts"))
+                continue
         yield line, row.get(asked), row.get(context), said
 
 
@@ -195,26 +211,27 @@ def _pairs(value: Any) -> list[tuple[Any, Any]]:
     return [(one.get("text"), one.get("answer_start")) if isinstance(one, Mapping) else (one, None) for one in value]
 
 
-def _checked(source: str, found: Sequence[Row], faults: list[str]) -> Questions:
-    answers: list[tuple[Quote, ...]] = []
+def _checked(source: str, found: Sequence[Row], faults: Faults) -> Questions:
+    answers: dict[int, tuple[Quote, ...]] = {}
     for line, question, context, said in found:
         for noun, text in (("question", question), ("context", context)):
             if not isinstance(text, str) or not text.strip():
-                faults.append(f"row {line}: the {noun} is {'empty' if not text else repr(text)[:40]}")
+                faults.append((line, f"the {noun} is {'empty' if not text else repr(text)[:40]}"))
             elif "\x00" in text:
-                faults.append(f"row {line}: the {noun} has a NUL character; the file is not text")
+                faults.append((line, f"the {noun} has a NUL character; the file is not text"))
         if said is not None and isinstance(context, str):
             placed = [_placed(text, start, context) for text, start in said]
-            faults += [f"row {line}: {one}" for one in placed if isinstance(one, str)]
-            answers.append(tuple(one for one in placed if isinstance(one, Quote)))
-    if faults:
-        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
-    if not found:
+            faults += [(line, one) for one in placed if isinstance(one, str)]
+            answers[line] = tuple(one for one in placed if isinstance(one, Quote))
+    bad = {line for line, _ in faults}
+    good = [row for row in found if row[0] not in bad]
+    leave_out(source, sorted(faults), left=len(good))
+    if not good:
         raise DataError(f"'{source}' has no rows")
-    known = found[0][3] is not None
-    lines, questions, contexts, _ = zip(*found)
+    known = good[0][3] is not None
+    lines, questions, contexts, _ = zip(*good)
     asked = tuple(question.strip() for question in questions)
-    return Questions(asked, contexts, tuple(answers) if known else None, source, lines)
+    return Questions(asked, contexts, tuple(answers[line] for line in lines) if known else None, source, lines)
 
 
 def _placed(text: Any, start: Any, context: str) -> Quote | str:

@@ -7,10 +7,11 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar
 
+from lorakit.data.faults import BadRow, refuse
 from lorakit.errors import DataError, listed
 
 
@@ -32,6 +33,14 @@ class Part(ABC):
     def take(self, indices: Sequence[int]) -> Self:
         """The rows at these positions."""
 
+    def without(self, bad: Collection[BadRow]) -> Self:
+        """The rows that are not among these. DataError if that is none."""
+        gone = {one.row for one in bad if one.source == self.source}
+        kept = [i for i, line in enumerate(self.lines) if line not in gone]
+        if not kept:
+            raise DataError(f"'{self.source}': no row is left of {len(self)}; {listed(map(str, bad), 5)}")
+        return self if len(kept) == len(self) else self.take(kept)
+
     @abstractmethod
     def digest(self) -> str:
         """A hash of all that is learned from, in its order."""
@@ -45,7 +54,7 @@ class Part(ABC):
         return None
 
     def faults(self, valid: Self, test: Self) -> list[str]:
-        """Why it cannot be learned from and measured by these two; empty if it can."""
+        """Why it cannot be learned from and measured by these two, a `BadRow` where a row is why; empty if it can."""
         return []
 
     def parted(self, draw: random.Random, valid: bool, test: bool) -> tuple[list[int], list[int], list[int]] | None:
@@ -140,10 +149,8 @@ class Rows(Texts):
         for part in (valid, test):
             for label, line in zip(part.labels or (), part.lines):
                 if known and label not in known:
-                    faults.append(
-                        f"'{part.source}' row {line}: label '{label}' does not occur in the training rows; "
-                        "add examples of it there, or remove the row"
-                    )
+                    why = f"label '{label}' does not occur in the training rows"
+                    faults.append(BadRow(part.source, line, f"{why}; add examples of it there, or remove the row"))
         return faults + self.unlike(valid, test)
 
 
@@ -154,11 +161,12 @@ def at(values: tuple[T, ...] | None, indices: Sequence[int]) -> tuple[T, ...] | 
 
 @dataclass(frozen=True)
 class Splits(Generic[P]):
-    """Rows to learn from, to choose by, and to report on."""
+    """Rows to learn from, to choose by, and to report on; and those that were left out, for they were bad."""
 
     train: P
     valid: P
     test: P
+    skipped: tuple[BadRow, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -168,9 +176,21 @@ class Splits(Generic[P]):
     def checked(self) -> Self:
         """Itself, if it can be learned from; DataError with every reason why not."""
         faults = self.train.faults(self.valid, self.test)
-        if faults:
+        bad = [fault for fault in faults if isinstance(fault, BadRow)]
+        if len(bad) < len(faults):
             raise DataError(listed(faults))
+        refuse(bad)
         return self
+
+    def without(self, bad: Collection[BadRow]) -> Self:
+        """The rest. DataError if it is not clear which part a row belongs to, or if none is left of one."""
+        rows = {(one.source, one.row): one for one in bad}
+        old = (self.train, self.valid, self.test)
+        train, valid, test = (part.without(bad) for part in old)
+        n_gone = sum(map(len, old)) - len(train) - len(valid) - len(test)
+        if n_gone != len(rows):
+            raise DataError(f"{listed(bad, 5)}; several parts have rows of this name, so none can be left out")
+        return replace(self, train=train, valid=valid, test=test, skipped=(*self.skipped, *rows.values()))
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:

@@ -5,13 +5,15 @@ there is an error that lists those that are.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit.data.memory import Memory, in_memory, parts_in_memory
+from lorakit.data.faults import leave_out, skipping, usable
+from lorakit.data.memory import NAME, Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
 from lorakit.data.tables import DEMO, SUFFIXES, Table, open_table
-from lorakit.errors import DataError, listed, nearest
+from lorakit.errors import DataError, nearest
 
 TEXT_NAMES = ("text", "sentence", "content", "message", "utterance", "query", "question", "review")
 PAIRS = (
@@ -34,6 +36,7 @@ def load_splits(
     test: Any = None,
     seed: int = 0,
     read: Callable[..., P] | None = None,
+    skip_bad: int = 0,
     **columns: Any,
 ) -> Splits[P]:
     """Training, validation and test rows.
@@ -42,22 +45,30 @@ def load_splits(
     dataset), "demo:support", or rows in memory (data/memory.py). What is not given is split off the training rows, at
     random by `seed`, within each label where there are labels. `read` reads one table and takes the names of its
     `columns`: `load_rows` (the default) `text`, `text2` and `label`, `load_dialogues` `prompt` and `answer`. Raises
-    DataError that names file, row and way out.
+    DataError that names file, row and way out; up to `skip_bad` rows that cannot be used, of all parts together, are
+    left out (`Splits.skipped`).
     """
-    reader: Callable[..., Any] = read or load_rows
+    with skipping(skip_bad) as skipped:
+        found = _loaded(data, {"valid": valid, "test": test}, seed, read or load_rows, columns)
+        return usable(replace(found, skipped=skipped.bad), Splits.checked)[0]
+
+
+def _loaded(
+    data: Any, given: Mapping[str, Any], seed: int, reader: Callable[..., Any], columns: Mapping[str, Any]
+) -> Splits[Any]:
     parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, _PARTS)
-    given = {"valid": valid, "test": test}
     loaded = {"train": reader(parts.get("train", data), **columns)}
     for name, own in given.items():
         place = own if own is not None else parts.get(name)
         if place is not None:
-            loaded[name] = reader(place if isinstance(place, str | Path) else in_memory(place), **columns)
+            source = place if isinstance(place, str | Path) else in_memory(place, f"{NAME} ('{name}')")
+            loaded[name] = reader(source, **columns)
     train = loaded["train"]
     share = {name: 0.0 if name in loaded else _SHARE for name in ("valid", "test")}
     if not any(share.values()):
-        return Splits(train, loaded["valid"], loaded["test"]).checked()
+        return Splits(train, loaded["valid"], loaded["test"])
     cut = split(train, seed, **share)
-    return Splits(cut.train, loaded.get("valid", cut.valid), loaded.get("test", cut.test)).checked()
+    return Splits(cut.train, loaded.get("valid", cut.valid), loaded.get("test", cut.test))
 
 
 def load_rows(
@@ -103,21 +114,20 @@ def read_texts(
     others: list[str] = []
     found: list[X] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     first, second = places
     for line, row in table:
         try:
             own = [_text(row, column) for column in (first, second) if column]
             goal = [learned(row)] if learned else []
         except DataError as error:
-            faults.append(f"row {line}: {error}")
+            faults.append((line, str(error)))
             continue
         texts.append(own[0])
         others += own[1:]
         found += goal
         lines.append(line)
-    if faults:
-        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+    leave_out(source, faults, left=len(texts))
     if not texts:
         raise DataError(f"'{source}' has a header and no rows" if columns else f"'{source}' is empty")
     return tuple(texts), tuple(others) if second else None, tuple(found) if learned else None, tuple(lines)

@@ -11,11 +11,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory, by_name
-from lorakit.errors import DataError, MissingExtraError, listed, nearest
+from lorakit.errors import DataError, MissingExtraError, nearest
 
 DEMO = "demo:"
 
@@ -62,11 +64,10 @@ def _named(path: Path) -> Iterator[None]:
             raise DataError(f"'{path}' is empty")
         yield
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"'{path}' is not UTF-8 text ({error}); save it as UTF-8, or check that it is the right file"
+            f"'{path}' is not UTF-8 text (line {line}: {error}); save it as UTF-8, or check that it is the right file"
         ) from None
-    except csv.Error as error:
-        raise DataError(f"'{path}' is not a table of comma-separated values ({error}); check its quotes") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"'{path}' cannot be unpacked ({error}); it is damaged, or no gzip file") from None
     except OSError as error:
@@ -100,27 +101,44 @@ def _demo(name: str) -> tuple[list[str], Table]:
 
 def _read_csv(path: Path) -> tuple[list[str], Table]:
     delimiter = "\t" if _format(path) == ".tsv" else ","
-    rows = list(csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[list[str], int]] = []  # fields, and the line on which they end
+    try:
+        rows.extend((row, reader.line_num) for row in reader)
+    except csv.Error as error:
+        begin = rows[-1][1] + 1 if rows else 1
+        where = f"row {len(rows) + 1}, line{_lines(begin, reader.line_num)}"
+        raise DataError(
+            f"'{path}' is not a table of comma-separated values: {where} ({error}); check its quotes"
+        ) from None
     if not rows:
         raise DataError(f"'{path}' is empty")
-    header = [column.strip() for column in rows[0]]
+    header = [column.strip() for column in rows[0][0]]
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         raise DataError(f"'{path}' names column '{twice[0]}' twice in its header")
-    faults = [
-        f"row {number}: {len(row)} fields where the header has {len(header)}"
-        for number, row in enumerate(rows[1:], 2)
-        if row and len(row) != len(header)
-    ]
-    if faults:
-        raise DataError(f"'{path}': {listed(faults, 5)}; a text with a comma must stand in double quotes")
-    return header, ((number, dict(zip(header, row))) for number, row in enumerate(rows[1:], 2) if row)
+    faults: list[tuple[int, str]] = []
+    good: list[tuple[int, list[str]]] = []
+    for number, ((_, before), (row, end)) in enumerate(pairwise(rows), 2):
+        if not row:
+            continue
+        if len(row) == len(header):
+            good.append((number, row))
+            continue
+        over = f", over line{_lines(before + 1, end)}: is a quote left open?" if end > before + 1 else ""
+        faults.append((number, f"{len(row)} fields where the header has {len(header)}{over}"))
+    leave_out(path, faults, "a text with a comma must stand in double quotes", left=len(good))
+    return header, ((number, dict(zip(header, row))) for number, row in good)
+
+
+def _lines(begin: int, end: int) -> str:
+    return f" {begin}" if begin == end else f"s {begin} to {end}"
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], Table]:
     content = _text(path)
     records: list[tuple[int, Any]] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     if _format(path) == ".json":
         try:
             whole = json.loads(content)
@@ -135,12 +153,12 @@ def _read_json_lines(path: Path) -> tuple[list[str], Table]:
                 try:
                     records.append((number, json.loads(line)))
                 except json.JSONDecodeError as error:
-                    faults.append(f"row {number}: not valid JSON ({error.msg})")
-    faults += [f"row {number}: not an object" for number, record in records if not isinstance(record, dict)]
-    if faults:
-        raise DataError(f"'{path}': {listed(faults, 5)}")
-    columns = list(dict.fromkeys(column for _, record in records for column in record))
-    return columns, iter(records)
+                    faults.append((number, f"not valid JSON ({error.msg})"))
+    good = [(number, record) for number, record in records if isinstance(record, dict)]
+    faults += [(number, "not an object") for number, record in records if not isinstance(record, dict)]
+    leave_out(path, sorted(faults), left=len(good))
+    columns = list(dict.fromkeys(column for _, record in good for column in record))
+    return columns, iter(good)
 
 
 def _arrow() -> Any:

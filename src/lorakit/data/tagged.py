@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.sources import column_of
 from lorakit.data.spans import completed, scheme_of
 from lorakit.data.tables import SUFFIXES, open_table, read_text
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError
 
 WORDS = ("words", "tokens", "text", "sentence")
 TAGS = ("tags", "ner_tags", "labels", "slots", "pos_tags")
 _IN, _OUT = "seq.in", "seq.out"
 
 Sentence = tuple[int, list[str], list[str] | None]  # row number, words, tags
+Faults = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ class Tagged(Part):
         known = completed(self.known)
         return [fault for part in (valid, test) for fault in part.unseen(known, way)]
 
-    def unseen(self, known: Sequence[str], way: str) -> list[str]:
-        """A line for each tag that is not among those `known`; `way` says what that means."""
+    def unseen(self, known: Sequence[str], way: str) -> list[BadRow]:
+        """The row of each tag that is not among those `known`; `way` says what that means."""
         seen = set(known)
         return [
-            f"'{self.source}' row {line}: tag '{tag}' {way}"
+            BadRow(self.source, line, f"tag '{tag}' {way}")
             for line, tags in zip(self.lines, self.tags or ())
             for tag in dict.fromkeys(tags)
             if tag not in seen
@@ -101,8 +103,8 @@ def make_tagged(given: Sequence[str | Sequence[str]], source: str = "texts") -> 
     >>> make_tagged(["play some jazz", ["New York", "rocks"]]).words
     (('play', 'some', 'jazz'), ('New York', 'rocks'))
     """
-    faults: list[str] = []
-    cut = [(k, _cut(one, f"row {k}: it", faults), None) for k, one in enumerate(given, 1)]
+    faults: Faults = []
+    cut = [(k, _cut(one, k, "it", faults), None) for k, one in enumerate(given, 1)]
     return _checked(source, cut, faults)
 
 
@@ -113,9 +115,9 @@ def load_tagged(
 
     `answers=False` reads no tags, and takes what has none. DataError names every row that cannot be used, and why.
     """
-    place, faults = None if isinstance(source, Memory) else Path(source), list[str]()
+    place, faults = None if isinstance(source, Memory) else Path(source), list[tuple[int, str]]()
     if place and (place / _IN).is_file():
-        found = _slots(place, answers, faults)
+        found = _slots(place, answers)
     elif place and _is_conll(place):
         found = _conll(place, words, tags, answers, faults)
     else:
@@ -123,17 +125,21 @@ def load_tagged(
     return _checked(str(source), list(found), faults)
 
 
-def _checked(source: str, found: Sequence[Sentence], faults: list[str]) -> Tagged:
-    for line, said, marks in found:
+def _checked(source: str, given: Sequence[Sentence], faults: Faults) -> Tagged:
+    bad = {line for line, _ in faults}
+    found: list[Sentence] = []
+    for line, said, marks in given:
+        if line in bad:
+            continue
         if not said or marks == []:
-            if not any(fault.startswith(f"row {line}:") for fault in faults):
-                faults.append(f"row {line}: it has no words")
+            faults.append((line, "it has no words"))
         elif marks is not None and len(marks) != len(said):
-            faults.append(f"row {line}: {len(said)} words and {len(marks)} tags; each word needs one")
+            faults.append((line, f"{len(said)} words and {len(marks)} tags; each word needs one"))
         elif any("\x00" in word for word in said):
-            faults.append(f"row {line}: a word has a NUL character; the file is not text")
-    if faults:
-        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+            faults.append((line, "a word has a NUL character; the file is not text"))
+        else:
+            found.append((line, said, marks))
+    leave_out(source, sorted(faults), left=len(found))
     if not found:
         raise DataError(f"'{source}' has no rows")
     known = all(marks is not None for _, _, marks in found)
@@ -142,14 +148,16 @@ def _checked(source: str, found: Sequence[Sentence], faults: list[str]) -> Tagge
     return Tagged(words, tags if known else None, source, tuple(line for line, _, _ in found))
 
 
-def _slots(place: Path, answers: bool, faults: list[str]) -> Iterator[Sentence]:
+def _slots(place: Path, answers: bool) -> Iterator[Sentence]:
     texts = read_text(place / _IN).rstrip("\n").split("\n")
     if not answers:
         yield from ((k, text.split(), None) for k, text in enumerate(texts, 1))
         return
     tags = read_text(place / _OUT).rstrip("\n").split("\n")
     if len(tags) != len(texts):
-        faults.append(f"{_IN} has {len(texts)} lines and {_OUT} {len(tags)}; each text needs a line of tags")
+        raise DataError(
+            f"'{place}': {_IN} has {len(texts)} lines and {_OUT} {len(tags)}; each text needs a line of tags"
+        )
     yield from ((k, text.split(), found.split()) for k, (text, found) in enumerate(zip(texts, tags), 1))
 
 
@@ -165,7 +173,7 @@ def _is_conll(place: Path) -> bool:
     return bool(re.search(r"\n[ \t\r]*\n", text.strip())) and not header & {*WORDS, *TAGS}
 
 
-def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faults: list[str]) -> Iterator[Sentence]:
+def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faults: Faults) -> Iterator[Sentence]:
     lines = [line.rstrip("\r") for line in read_text(place).split("\n")]
     rows = [(k, re.split("\t" if "\t" in line else "[ \t]+", line.strip(" \r"))) for k, line in enumerate(lines, 1)]
     real = [(k, fields) for k, fields in rows if any(fields) and fields[0] != "-DOCSTART-"]
@@ -175,17 +183,19 @@ def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faul
     word = _number(place, words, n_fields, 0)
     tag = _number(place, tags, n_fields, n_fields - 1) if answers else None
     sentence: list[tuple[int, list[str]]] = []
+    broken = False
     for k, fields in [*rows, (len(rows) + 1, [""])]:
         if not any(fields) or fields[0] == "-DOCSTART-":
-            if sentence:
+            if sentence and not broken:
                 found = [each for _, each in sentence]
                 said = [each[tag] for each in found] if tag is not None else None
                 yield sentence[0][0], [each[word] for each in found], said
-            sentence = []
+            sentence, broken = [], False
         elif _is_comment(fields, n_fields):
             continue
         elif len(fields) != n_fields or not fields[word].strip() or (tag is not None and not fields[tag].strip()):
-            faults.append(f"row {k}: {_few(fields)}, where other lines have {n_fields} columns")
+            faults.append((k, f"{_few(fields)}, where other lines have {n_fields} columns"))
+            broken = True
         else:
             sentence.append((k, fields))
 
@@ -205,33 +215,33 @@ def _number(place: Path, wanted: str | None, n_fields: int, usual: int) -> int:
 
 
 def _table(
-    source: str | Path | Memory, words: str | None, tags: str | None, answers: bool, faults: list[str]
+    source: str | Path | Memory, words: str | None, tags: str | None, answers: bool, faults: Faults
 ) -> Iterator[Sentence]:
     columns, table = open_table(source)
     asked = column_of(str(source), columns, words, WORDS, "words")
     said = column_of(str(source), columns, tags, TAGS, "tags") if answers else None
     for line, row in table:
-        found = _cut(row.get(asked), f"row {line}: column '{asked}'", faults)
-        yield line, found, _cut(row.get(said), f"row {line}: column '{said}'", faults) if said else None
+        found = _cut(row.get(asked), line, f"column '{asked}'", faults)
+        yield line, found, _cut(row.get(said), line, f"column '{said}'", faults) if said else None
 
 
-def _cut(value: Any, place: str, faults: list[str]) -> list[str]:
+def _cut(value: Any, line: int, place: str, faults: Faults) -> list[str]:
     """Words or tags: a list, a list as JSON, or a text. [] and a fault if it is none, or has an empty one."""
     if isinstance(value, str) and value.lstrip().startswith('["'):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            faults.append(f"{place} is no list in JSON ({error.msg})")
+            faults.append((line, f"{place} is no list in JSON ({error.msg})"))
             return []
     if hasattr(value, "tolist"):  # an array
         value = value.tolist()
     found = value.split() if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(one, str | int) for one in found):
-        faults.append(f"{place} is {repr(value)[:40]}; it must be a list of words, or a text")
+        faults.append((line, f"{place} is {repr(value)[:40]}; it must be a list of words, or a text"))
         return []
     words = [str(one).strip() for one in found]
     if not all(words) or not words:
-        faults.append(f"{place} is empty" if not words else f"{place} has an empty word: {repr(found)[:60]}")
+        faults.append((line, f"{place} is empty" if not words else f"{place} has an empty word: {repr(found)[:60]}"))
         return []
     return words
 

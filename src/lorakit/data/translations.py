@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed, nearest
+from lorakit.errors import DataError, nearest
 
 PAIRS = (
     ("source", "target"),
@@ -102,15 +103,14 @@ Reader = Callable[[Mapping[str, Any]], tuple[str, str | None]]
 def _read(source: str, rows: Any, read: Reader, header: bool = True) -> Translations:
     found: list[tuple[str, str | None]] = []
     lines: list[int] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, row in rows:
         try:
             found.append(read(row))
             lines.append(line)
         except DataError as error:
-            faults.append(f"row {line}: {error}")
-    if faults:
-        raise DataError(f"'{source}': {listed(faults, 5)}; mend or remove these rows")
+            faults.append((line, str(error)))
+    leave_out(source, faults, left=len(found))
     if not found:
         raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
     targets = tuple(target for _, target in found if target is not None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from lorakit.adapter import Adapter
 from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.attach.kernels.native import reason
 from lorakit.data import Splits, load_splits
+from lorakit.data.batches import Examples
+from lorakit.data.faults import counted, skipping, usable
 from lorakit.errors import UsageError
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
 from lorakit.fit.directory import Journal, claim, clear, finish
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, total_steps, train
-from lorakit.fit.settings import make_settings
+from lorakit.fit.settings import Settings, make_settings
 from lorakit.fit.settle import settle
 from lorakit.fit.summary import about, course, named, notes
 from lorakit.fit.threads import threads_put_back
@@ -94,14 +97,13 @@ def fit(
     if place is not None and workers.first:
         claim(place, resume, overwrite)
     began = time.perf_counter()
-    data = (data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)).checked()
-    kind.refuse_other(data.train)
-    base = model if isinstance(model, Base) else kind.base_for(str(model), data)
-    goal = kind.of(data, base).chosen(choices)
-    parts = {
-        name: tokenised(goal, rows, base.tokenizer, truncate=chosen.truncate)
-        for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test))
-    }
+    with skipping(chosen.skip_bad, data.skipped if isinstance(data, Splits) else ()):
+        data = data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)
+        data, base = usable(data, lambda rows: _base(model, kind, rows.checked()))
+        known = data
+        data, (goal, parts) = usable(
+            data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
+        )
     net, keep = base.model, isinstance(model, Base) and not consume
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
     with workers, _adapted(net, goal, plan, chosen.seed) as entries:
@@ -158,7 +160,8 @@ def fit(
         "settled": settled,
         "memory": memory,
         "processes": workers.size,
-        "notes": notes(journal, learner.settings, before["loss"], metrics["loss"]),
+        "skipped": counted(data.skipped),
+        "notes": notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped),
         **tried,
     }
     if place is not None and workers.first:
@@ -175,6 +178,21 @@ def _refuse_other(model: object) -> None:
         )
     if not isinstance(model, str | Path | Base):
         raise UsageError(f"the model is {model!r:.60}; give the name or directory of a base, or a loaded Base")
+
+
+def _base(model: str | Path | Base, kind: type[Task], data: Splits[Any]) -> Base:
+    kind.refuse_other(data.train)
+    return model if isinstance(model, Base) else kind.base_for(str(model), data)
+
+
+def _ready(
+    kind: type[Task], data: Splits[Any], base: Base, choices: dict[str, Any], settings: Settings
+) -> tuple[Task, dict[str, Examples]]:
+    """The task for these rows, and the examples of every part."""
+    goal = kind.of(data, base).chosen(choices)
+    parts = {"train": data.train, "valid": data.valid, "test": data.test}
+    make = partial(tokenised, goal, tokenizer=base.tokenizer, truncate=settings.truncate)
+    return goal, {name: make(rows) for name, rows in parts.items()}
 
 
 @contextmanager

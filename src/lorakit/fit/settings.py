@@ -30,6 +30,7 @@ class Settings:
     bf16, fp32, or auto (bf16 where the processor has it). `prefix` keeps what the blocks before the first that learns
     give for every text, over all epochs: in memory, in a file of the run directory, auto (memory, if it takes less than
     a quarter of what is free), or off. `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
+    `skip_bad` is how many rows that cannot be used are left out, of all parts together, before the data is refused.
     """
 
     epochs: int = 10
@@ -50,6 +51,7 @@ class Settings:
     dtype: str = "auto"
     prefix: str = "auto"
     truncate: bool = False
+    skip_bad: int = 0
 
     def __post_init__(self) -> None:
         faults = [
@@ -75,6 +77,7 @@ class Settings:
                 ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
                 ("patience", self.patience >= 1, "at least 1"),
                 ("max_steps", self.max_steps >= 0, "0 (no bound) or more"),
+                ("skip_bad", self.skip_bad >= 0, "0 or more"),
                 ("checkpoint_steps", self.checkpoint_steps >= 0, "0 or more"),
             )
             if not good

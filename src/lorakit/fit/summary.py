@@ -2,6 +2,7 @@
 
 import platform
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.data import Splits
+from lorakit.data.faults import BadRow, told
 from lorakit.fit.directory import Journal
 from lorakit.fit.loop import State
 from lorakit.fit.settings import Settings
@@ -26,10 +28,13 @@ def named(goal: Task) -> dict[str, Any]:
     return {"task" if key == "name" else key: value for key, value in told.items()}
 
 
-def notes(journal: Journal, settings: Settings, before: float, after: float) -> list[str]:
-    """What somebody should know who believes that all went well. `before`, `after`: the loss on the test rows."""
+def notes(
+    journal: Journal, settings: Settings, before: float, after: float, skipped: Sequence[BadRow] = ()
+) -> list[str]:
+    """What somebody should know who believes that all went well. `before`, `after`: the loss on the test rows;
+    `skipped` are rows that were left out."""
     losses = [record["loss"] for record in journal.records if record["kind"] == "step"]
-    tenth, found = len(losses) // 10, list[str]()
+    tenth, found = len(losses) // 10, told(skipped)
     if tenth >= 2:
         first = statistics.fmean(losses[:3])
         worst = max(statistics.fmean(losses[k : k + tenth]) for k in range(0, len(losses), tenth))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lorakit.adapter import WEIGHTS, Adapter, load
 from lorakit.attach import attach, detach
 from lorakit.data.batches import Examples
+from lorakit.data.faults import skipping, usable
 from lorakit.data.memory import in_memory
 from lorakit.data.rows import Part
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
@@ -114,13 +116,19 @@ def evaluate(
     *,
     base: Base | None = None,
     truncate: bool = False,
+    skip_bad: int = 0,
     watch: Watch | None = None,
 ) -> Evaluated:
     """Metrics of a run on rows with their right answers, a file of them, or what
-    `load_splits` takes as rows in memory. DataError for what it has not learned."""
+    `load_splits` takes as rows in memory. DataError for what it has not learned.
+
+    Up to `skip_bad` rows that cannot be used are left out; `skipped` of the result says which.
+    """
     opened = open_run(run) if isinstance(run, str | Path) else run
-    if not isinstance(rows, Part):
-        rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
-    opened[1].refuse_other(rows)
-    with _used(opened, base, watch) as (task, own, scores):
-        return task.evaluate(rows, own, scores, truncate=truncate)
+    with skipping(skip_bad) as skipped:
+        if not isinstance(rows, Part):
+            rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
+        opened[1].refuse_other(rows)
+        with _used(opened, base, watch) as (task, own, scores):
+            _, found = usable(rows, lambda rows: task.evaluate(rows, own, scores, truncate=truncate))
+    return replace(found, skipped=skipped.bad) if skipped.bad else found  # type: ignore[type-var]

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lorakit.data.batches import IGNORED, TextBatch, Tokens
+from lorakit.data.faults import refuse, refuse_rows
 from lorakit.data.questions import Questions, Quote, load_questions, make_questions
 from lorakit.data.rows import Splits
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError
 from lorakit.tasks.base import Base
 from lorakit.tasks.heads import give_head
 from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.squad import compared
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 
 HEAD = "qa_outputs"  # as Transformers calls it
 _LONGEST = 30  # tokens of an answer, as BERT's script has it
@@ -50,7 +51,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over questions; `f1_interval` is a 95 % bootstrap interval; `per_kind`: with an answer, and without."""
 
     metrics: dict[str, float]
@@ -247,8 +248,7 @@ class Answer(Task):
         if rows.answers is None:
             raise DataError(f"'{rows.source}' has no answers to evaluate against")
         faults = [] if self.may_be_none else rows.empty("all training rows had one; remove this one")
-        if faults:
-            raise DataError(listed(faults, 5))
+        refuse(faults)
         windows = self.examples(rows, base.tokenizer, truncate=truncate)
         found = scores(windows)
         pairs = self._compared(found, windows)
@@ -292,11 +292,9 @@ def _labels(rows: Questions, owners: Sequence[int], windows: Sequence[Places]) -
         end = answer.start + len(answer.text)
         stop = next((t for t in range(len(places) - 1, 0, -1) if places[t][0] < end), 0)
         if begin > stop:
-            faults[owner] = f"the tokenizer makes nothing of its answer {answer.text[:40]!r}"
+            faults.setdefault(owner, f"the tokenizer makes nothing of its answer {answer.text[:40]!r}")
         labels.append((begin, stop))
-    if faults:
-        lines = [f"row {rows.lines[owner]}: {fault}" for owner, fault in faults.items()]
-        raise DataError(f"'{rows.source}': {listed(lines, 5)}; mend or remove these rows")
+    refuse_rows(rows.source, ((rows.lines[owner], fault) for owner, fault in faults.items()))
     return tuple(labels)
 
 

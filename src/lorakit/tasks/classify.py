@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.data.batches import IGNORED, TextBatch, Tokens
+from lorakit.data.faults import BadRow, refuse
 from lorakit.data.rows import Part, Rows, Splits
 from lorakit.data.sources import load_rows
-from lorakit.errors import DataError, UsageError, listed
+from lorakit.errors import DataError, UsageError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
-from lorakit.tasks.task import TASKS, Scores
+from lorakit.tasks.task import TASKS, Measured, Scores
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over rows; `accuracy_interval` is a 95 % bootstrap interval; `per_label` has counts and F1."""
 
     metrics: dict[str, float]
@@ -146,13 +147,13 @@ def known_labels(rows: Part, labels: Sequence[str] | None, known: Sequence[str])
     """The number of each row's label. DataError for rows without one, and labels that were not learned."""
     if labels is None:
         raise DataError(f"'{rows.source}' has no labels to evaluate against")
-    unseen = [
-        f"'{rows.source}' row {line}: label '{label}' was not in the training data"
-        for label, line in zip(labels, rows.lines)
-        if label not in known
-    ]
-    if unseen:
-        raise DataError(listed(unseen, 5))
+    refuse(
+        [
+            BadRow(rows.source, line, f"label '{label}' was not in the training data")
+            for label, line in zip(labels, rows.lines)
+            if label not in known
+        ]
+    )
     return numbered(labels, known)
 
 

@@ -27,7 +27,7 @@ from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.pooled import mean_of_segments
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 
 _AT_ONCE = 1 << 22  # similarities held at once in evaluation
 
@@ -44,7 +44,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over queries; `recall_interval` is a 95 % bootstrap interval of recall at 1."""
 
     metrics: dict[str, float]
@@ -130,7 +130,8 @@ class Embed(Task):
         texts = [text for _, text in places]
         encoded = tokenizer(texts, truncation=truncate, max_length=self.max_length if truncate else None)
         ids = tuple(tuple(entry) for entry in encoded["input_ids"])
-        refuse_long(rows, lines, ids, self.max_length)
+        owners = [line for line, own in zip(rows.lines, members) for _ in own]
+        refuse_long(rows, owners, [ids[place] for own in members for place in own], self.max_length)
         reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
         numbers = {label: number for number, label in enumerate(dict.fromkeys(rows.labels or ()))}
         keys = tuple((numbers.get(label, place),) for (label, _), place in places.items())

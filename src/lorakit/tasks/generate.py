@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lorakit.data.batches import TextBatch, Tokens
 from lorakit.data.dialogues import Dialogues, load_dialogues, make_dialogues
+from lorakit.data.faults import refuse_rows
 from lorakit.data.rows import Splits
-from lorakit.errors import DataError, UsageError, listed
+from lorakit.errors import UsageError
 from lorakit.tasks.answers import (
     few_short,
     mean_interval,
@@ -27,7 +28,7 @@ from lorakit.tasks.answers import (
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, has_plain_logits, head_of, summed_loss
 from lorakit.tasks.decode import Spoken, continued
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 from lorakit.tasks.template import Template, Text
 
 _SHARE = 4  # a cut text keeps at least a quarter of its room for what was asked
@@ -46,7 +47,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over rows; `loss_interval` is a 95 % bootstrap interval over texts; `n_tokens` of answers."""
 
     metrics: dict[str, float]
@@ -119,9 +120,10 @@ class Generate(Task):
         the last answer (not the begin-of-text token); where the answer alone fills more than three quarters of the
         longest text, its end is cut too. DataError where an answer was not known, or a text is too long.
         """
-        missing = [f"row {line} has no answer to learn" for line, x in zip(rows.lines, rows.answers) if x is None]
-        if missing:
-            raise DataError(f"'{rows.source}': {listed(missing, 5)}")
+        refuse_rows(
+            rows.source,
+            ((line, "it has no answer to learn") for line, answer in zip(rows.lines, rows.answers) if answer is None),
+        )
         found = Template(tokenizer, self.template).texts(rows)
         lines = tuple(line for line, texts in zip(rows.lines, found) for _ in texts)
         texts = [text for texts in found for text in texts]

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.data.batches import IGNORED
+from lorakit.data.faults import refuse_rows
 from lorakit.data.images import Images, load_images, make_images, opened
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.rows import Splits
 from lorakit.describe import describe
-from lorakit.errors import UsageError
+from lorakit.errors import DataError, UsageError
 from lorakit.plan import Plan
 from lorakit.rules import Rules
 from lorakit.rules import plan as make_plan
@@ -168,6 +169,10 @@ def weighty(model: nn.Module) -> list[str]:
 
 def _first_size(rows: Images) -> tuple[int, int]:
     """Height and width of the first image."""
-    first = opened(rows.images[0], rows.names[0])
+    try:
+        first = opened(rows.images[0], rows.names[0])
+    except DataError as error:
+        refuse_rows(rows.source, [(rows.lines[0], str(error))])
+        raise
     height, width = first.shape[:2] if isinstance(first, np.ndarray) else first.size[::-1]
     return int(height), int(width)

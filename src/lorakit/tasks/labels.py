@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.data.batches import IGNORED, TextBatch, Tokens
+from lorakit.data.faults import refuse
 from lorakit.data.label_sets import LabelSets, load_label_sets, unseen
 from lorakit.data.rows import Splits, in_order
-from lorakit.errors import DataError, UsageError, listed
+from lorakit.errors import DataError, UsageError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import interval
 from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
-from lorakit.tasks.task import TASKS, Scores
+from lorakit.tasks.task import TASKS, Measured, Scores
 
 _THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
 
@@ -38,7 +39,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over rows; `micro_f1_interval` is a 95 % bootstrap interval; `per_label` has counts and F1."""
 
     metrics: dict[str, float]
@@ -185,9 +186,7 @@ class Labels(Pooled):
         """Metrics on rows with labels. DataError for labels it has not learned."""
         if rows.labels is None:
             raise DataError(f"'{rows.source}' has no labels to evaluate against")
-        faults = unseen(rows, set(self.labels))
-        if faults:
-            raise DataError(listed(faults, 5))
+        refuse(unseen(rows, set(self.labels)))
         tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         logits = scores(tokens)
         truth, said = _truth(tokens), self._said(logits)

@@ -33,7 +33,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.causal import has_plain_logits, head_of, losses
 from lorakit.tasks.generate import Generate, Generation, cut
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 from lorakit.tasks.template import Template, Text
 
 
@@ -63,7 +63,7 @@ class PairBatch(TextBatch):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over pairs; `reward_accuracy_interval` is a 95 % bootstrap interval."""
 
     metrics: dict[str, float]

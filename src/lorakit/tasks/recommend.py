@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions, load_interactions
 from lorakit.data.pairs import PairBatch, Pairs, Seen
 from lorakit.data.rows import Splits
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import UsageError
 from lorakit.plan import Plan
 from lorakit.rules import Rules
 from lorakit.rules import plan as make_plan
@@ -43,7 +44,7 @@ from lorakit.tasks.tables import (
     unpacked,
     without,
 )
-from lorakit.tasks.task import TASKS, Scores, Task
+from lorakit.tasks.task import TASKS, Measured, Scores, Task
 from lorakit.trunk import Direct, Trunk
 
 TOP = 10
@@ -61,7 +62,7 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over users; `ndcg_interval` is a 95 % bootstrap interval over them."""
 
     metrics: dict[str, float]
@@ -118,6 +119,7 @@ class Recommend(Task):
         if data is None:
             raise UsageError(f"the tables of '{name}' have the users and items of its data, and there is none here")
         parts = (data.train, data.valid, data.test)
+        _refuse_unlearned(data)
         users, items = ({x for part in parts for x in getattr(part, side) or ()} for side in ("users", "items"))
         return fresh_tables(name, sorted(users), sorted(items))
 
@@ -143,14 +145,7 @@ class Recommend(Task):
         seen = packed(base.tokenizer.pairs(data.train))
         if not getattr(base.model, "fresh", False):
             return cls(seen=seen)
-        learned = set(data.train.users)
-        for part in (data.valid, data.test):
-            new = next((i for i, user in enumerate(part.users) if user not in learned), None)
-            if new is not None:
-                raise DataError(
-                    f"'{part.source}' row {part.lines[new]}: user '{part.users[new]}' has no training rows, so nothing "
-                    "is learned of that user; add some, or remove the row"
-                )
+        _refuse_unlearned(data)
         return cls(seen=seen, users=base.tokenizer.users, items=base.tokenizer.items, from_scratch=True)
 
     def note(self) -> dict[str, Any]:
@@ -261,11 +256,14 @@ class Recommend(Task):
         """Metrics over the users of these rows. DataError for rows that were learned from."""
         pairs = self.examples(rows, base.tokenizer, truncate=truncate)
         given = base.tokenizer.pairs(rows)
-        n_learned = len(given) - len(without(given, unpacked(self.seen)))
-        if n_learned:
-            raise DataError(
-                f"'{rows.source}': {n_learned} of {len(rows)} rows were learned from, so they prove nothing; give "
-                "interactions that came later, or were held out"
+        held = without(given, unpacked(self.seen))
+        if len(held) < len(given):
+            new = set(map(tuple, held.tolist()))
+            learned = [line for line, pair in zip(rows.lines, map(tuple, given.tolist())) if pair not in new]
+            refuse(
+                [BadRow(rows.source, line, "it was learned from, so it proves nothing") for line in learned],
+                f"'{rows.source}': {len(learned)} of {len(rows)} rows were learned from, so they prove nothing (row "
+                f"{learned[0]} is the first); give interactions that came later, or were held out",
             )
         found = scores(pairs)
         users, number = torch.unique(pairs.users, return_inverse=True)
@@ -278,6 +276,20 @@ class Recommend(Task):
             f"{one.user}: {', '.join(one.items)}{'' if one.known else '   (not seen in training: the popular ones)'}"
             for one in found
         )
+
+
+def _refuse_unlearned(data: Splits[Any]) -> None:
+    """BadRowsError for held-out rows of users who have no training rows."""
+    learned = set(data.train.users)
+    why = "has no training rows, so nothing is learned of that user; add some, or remove the row"
+    refuse(
+        [
+            BadRow(part.source, line, f"user '{user}' {why}")
+            for part in (data.valid, data.test)
+            for line, user in zip(part.lines, part.users)
+            if user not in learned
+        ]
+    )
 
 
 def _ranks(scores: Tensor, users: Tensor, items: Tensor, seen: Seen) -> Tensor:

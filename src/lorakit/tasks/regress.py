@@ -20,7 +20,7 @@ from lorakit.errors import DataError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import interval
 from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, used, whole
-from lorakit.tasks.task import TASKS, Scores
+from lorakit.tasks.task import TASKS, Measured, Scores
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over rows, `mae` in the data's units; `pearson_interval` is a 95 % bootstrap interval."""
 
     metrics: dict[str, float]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.pairs import all_pairs
+from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions
 from lorakit.errors import DataError, LorakitError, UsageError, listed
 from lorakit.files import read_json, read_tensors, write_json, write_tensors
@@ -89,21 +90,17 @@ class Catalog:
 
     def pairs(self, rows: Interactions) -> np.ndarray[Any, Any]:
         """Rows of both tables, `(n, 2)`. DataError for users and items that the tables do not have."""
-        faults: list[str] = []
+        bad: list[BadRow] = []
         for noun, names, known in (
             ("user", rows.users, self.user_numbers),
             ("item", rows.items or (), self.item_numbers),
         ):
-            missing = [(line, name) for line, name in zip(rows.lines, names) if name not in known]
-            if missing:
-                line, name = missing[0]
-                n_names = len({name for _, name in missing})
-                faults.append(
-                    f"'{rows.source}' row {line}: {noun} '{name}' is none of the {len(known):,} that the base knows "
-                    f"({n_names:,} {noun}s are not); remove those rows, or train a base with all rows from {NEW}64"
-                )
-        if faults:
-            raise DataError(listed(faults))
+            bad += [
+                BadRow(rows.source, line, f"{noun} '{name}' is none of the {len(known):,} that the base knows")
+                for line, name in zip(rows.lines, names)
+                if name not in known
+            ]
+        refuse(bad, f"{listed(bad, 5)}; remove those rows, or train a base with all rows from {NEW}64")
         users = [self.user_numbers[name] for name in rows.users]
         items = [self.item_numbers[name] for name in rows.items or ()]
         return np.array([users, items], dtype=np.int64).T

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lorakit.data.batches import IGNORED, TextBatch, Tokens
+from lorakit.data.faults import BadRow, refuse
 from lorakit.data.rows import Splits
 from lorakit.data.spans import completed, places, scheme_of
 from lorakit.data.tagged import Tagged, load_tagged, make_tagged
-from lorakit.errors import DataError, UsageError, listed
+from lorakit.errors import DataError, UsageError
 from lorakit.tasks.base import Base
 from lorakit.tasks.heads import give_head
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 
 HEAD = "classifier"
 
@@ -54,7 +55,7 @@ class Tagging:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over spans; `f1_interval` is a 95 % bootstrap interval over texts; `per_label` has counts and F1."""
 
     metrics: dict[str, float]
@@ -150,10 +151,9 @@ class Tag(Task):
         lost = [(i, k) for i, found in enumerate(_firsts(encoded, words)) for k, at in enumerate(found) if at is None]
         if lost:
             if tokenizer.unk_token is None:
-                i, k = lost[0]
-                raise DataError(
-                    f"'{rows.source}' row {rows.lines[i]}: the base's tokenizer makes nothing of word {k + 1} "
-                    f"({words[i][k]!r}); remove it"
+                why = "the base's tokenizer makes nothing of word"
+                refuse(
+                    [BadRow(rows.source, rows.lines[i], f"{why} {k + 1} ({words[i][k]!r}); remove it") for i, k in lost]
                 )
             for i, k in lost:
                 words[i][k] = tokenizer.unk_token
@@ -237,9 +237,7 @@ class Tag(Task):
         """Metrics on tagged words. DataError for tags it has not learned."""
         if rows.tags is None:
             raise DataError(f"'{rows.source}' has no tags to evaluate against")
-        unseen = rows.unseen(self.labels, "was not in the training data")
-        if unseen:
-            raise DataError(listed(unseen, 5))
+        refuse(rows.unseen(self.labels, "was not in the training data"))
         tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         found = scores(tokens)
         told = self._told(found, tokens)

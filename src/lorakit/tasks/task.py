@@ -6,12 +6,13 @@ this room: a class with `@TASKS.add_class`, or one of another package under the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
 from lorakit.data.batches import Examples, Tokens
+from lorakit.data.faults import BadRow, refuse
 from lorakit.data.rows import Part, Splits
 from lorakit.errors import DataError
 from lorakit.plan import Plan
@@ -31,6 +32,15 @@ class Evaluated(Protocol):
     def metrics(self) -> dict[str, float]: ...
     @property
     def n_rows(self) -> int: ...
+    @property
+    def skipped(self) -> tuple[BadRow, ...]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation begins with: the rows that were left out of it."""
+
+    skipped: tuple[BadRow, ...] = field(default=(), kw_only=True)
 
 
 class Task(ABC):
@@ -195,11 +205,12 @@ def figure(name: str, value: float) -> str:
 
 
 def refuse_long(rows: Part, lines: Sequence[int], ids: Sequence[Sequence[int]], max_length: int) -> None:
-    """DataError if a text has more tokens than the model has positions. `lines`: the row of each."""
+    """BadRowsError if a text has more tokens than the model has positions. `lines`: the row of each."""
     long = [(line, len(entry)) for line, entry in zip(lines, ids) if len(entry) > max_length]
     if long:
         line, n = max(long, key=lambda pair: pair[1])
-        raise DataError(
+        refuse(
+            [BadRow(rows.source, row, f"it has {count} tokens, and {max_length} are the most") for row, count in long],
             f"'{rows.source}': {len(long)} of {len(ids)} texts are longer than {max_length} tokens, the longest in row "
-            f"{line} with {n}; shorten them, or pass --truncate to cut them"
+            f"{line} with {n}; shorten them, or pass --truncate to cut them",
         )

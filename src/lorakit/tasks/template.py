@@ -24,7 +24,8 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from lorakit.data.dialogues import Dialogues, Turn, Turns
-from lorakit.errors import DataError, LorakitError, UsageError, listed
+from lorakit.data.faults import refuse_rows
+from lorakit.errors import DataError, LorakitError, UsageError
 
 CHOICES = ("auto", "plain")
 X = TypeVar("X")
@@ -194,12 +195,11 @@ def _squeezed(text: str) -> str:
 def _each(data: Dialogues, given: Sequence[X], do: Callable[[X], Y]) -> list[Y]:
     """The result for every row; DataError that names the rows for which there is none."""
     found: list[Y] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     for line, one in zip(data.lines, given):
         try:
             found.append(do(one))
         except DataError as error:
-            faults.append(f"row {line}: {error}")
-    if faults:
-        raise DataError(f"'{data.source}': {listed(faults, 5)}")
+            faults.append((line, str(error)))
+    refuse_rows(data.source, faults)
     return found

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.data.batches import TextBatch, Tokens
+from lorakit.data.faults import refuse_rows
 from lorakit.data.rows import Splits
 from lorakit.data.translations import Translations, load_translations, make_translations
 from lorakit.errors import DataError, UsageError
@@ -28,7 +29,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.decode import rewritten
 from lorakit.tasks.overlap import overlap
 from lorakit.tasks.seq2seq import each_loss, head_of, logit_scale, summed_loss
-from lorakit.tasks.task import TASKS, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 from lorakit.trunk import PairTrunk
 
 Ids = tuple[int, ...]
@@ -48,7 +49,7 @@ class Translation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Metrics over rows, and 95 % bootstrap `intervals` of some: loss, bleu, rouge (over texts).
 
     Rows with the same text are references of one answer for BLEU, chrF and ROUGE. `signature` is sacrebleu's; `missing`
@@ -158,9 +159,8 @@ class Translate(Task):
         encoded = tokenizer(texts, truncation=truncate, max_length=self.max_length if truncate else None)["input_ids"]
         found = [tuple(ids) for ids in encoded]
         refuse_long(rows, rows.lines, found, self.max_length)
-        empty = [line for line, ids in zip(rows.lines, found) if not ids]
-        if empty:
-            raise DataError(f"'{rows.source}' row {empty[0]}: the tokenizer finds no token in its text; remove the row")
+        why = "the tokenizer finds no token in its text"
+        refuse_rows(rows.source, ((line, why) for line, ids in zip(rows.lines, found) if not ids))
         return found
 
     def _ended(self, ids: Ids, truncate: bool) -> Ids:
