@@ -172,8 +172,8 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch(by_length)
     data = tokens([n % 7 + 1 for n in range(50)])
     batches = training_batches(data, 8, 3, 0, by_length)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
-    assert batches == training_batches(data, 8, 3, 0, by_length)
-    assert batches != training_batches(data, 8, 3, 1, by_length)
+    assert list(batches) == list(training_batches(data, 8, 3, 0, by_length))
+    assert list(batches) != list(training_batches(data, 8, 3, 1, by_length))
 
 
 def test_a_batch_is_laid_end_to_end_and_can_be_padded():

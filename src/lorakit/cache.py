@@ -1,7 +1,9 @@
 """A folder for what can be made again, kept between runs: compiled functions, tokenised data."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,13 +26,18 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="lorakit-"))
 
 
-def keep_below(folder: Path, most: int) -> None:
-    """Removes the files of a folder that were not used for longest, until it has at most so many bytes."""
+def keep_below(folder: Path, most: int, unused: Callable[[Path], bool] = Path.exists) -> None:
+    """Removes the files and folders in a folder that are `unused` and were not used for longest, until these have at
+    most so many bytes."""
     with suppress(OSError):
-        files = sorted(((file.stat(), file) for file in folder.iterdir()), key=lambda pair: pair[0].st_mtime)
-        n_bytes = sum(state.st_size for state, _ in files)
-        for state, file in files:
+        entries = [entry for entry in folder.iterdir() if unused(entry)]
+        sizes = {entry: sum(file.stat().st_size for file in (entry, *entry.glob("**/*"))) for entry in entries}
+        n_bytes = sum(sizes.values())
+        for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime):
             if n_bytes <= most:
                 return
-            file.unlink(missing_ok=True)
-            n_bytes -= state.st_size
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+            n_bytes -= sizes[entry]

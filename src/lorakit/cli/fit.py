@@ -132,8 +132,7 @@ def run(args: argparse.Namespace) -> Reply:
         f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
         f"{len(data.test)} to report on"
     )
-    n_leaks = len(set(data.train.inputs) & {*data.valid.inputs, *data.test.inputs})
-    if n_leaks:
+    if n_leaks := data.n_leaks:
         say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the result")
     say(data.train.about())
     plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model, task)

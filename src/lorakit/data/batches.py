@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Batch(ABC):
 class Examples(ABC):
     """All examples of one part of the data, in its order. `lines` are row numbers, for messages; `pad` fills rows."""
 
-    lines: tuple[int, ...]
+    lines: Sequence[int]
     pad: int = 0
 
     def __len__(self) -> int:
@@ -80,6 +80,8 @@ class Tokens(Examples):
     (BERT: first or second of two).
     """
 
+    held: object = None  # what lives as long as they do: the lock of their files
+
     def __init__(
         self,
         ids: Sequence[Sequence[int]],
@@ -92,7 +94,8 @@ class Tokens(Examples):
     ) -> None:
         self.ids, self.labels, self.reads = Ragged.of(ids), Ragged.of(labels), Ragged.of(reads)
         self.types = Ragged.of(types) if len(types) else None
-        self.lines, self.pad, self.each = tuple(lines), pad, each
+        self.lines = lines if isinstance(lines, memoryview) else tuple(lines)
+        self.pad, self.each = pad, each
 
     @cached_property
     def text_lengths(self) -> list[int]:
@@ -161,18 +164,39 @@ class TextBatch(Batch):
         return states
 
 
-def training_batches(examples: Examples, size: int, seed: int, epoch: int, by_length: bool) -> list[tuple[int, ...]]:
+class Batches(Sequence[tuple[int, ...]]):
+    """Places of the examples of every batch: those from each of `begins` on in `order (n,)`, `size` of them or what is
+    left. In arrays, for tuples of all would take more memory than tokens on disk."""
+
+    def __init__(self, order: Tensor, size: int, begins: Sequence[int]) -> None:
+        self._order, self._size, self._begins = order, size, begins
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Batches": ...
+    def __getitem__(self, index: int | slice) -> "tuple[int, ...] | Batches":
+        if isinstance(index, slice):
+            return Batches(self._order, self._size, self._begins[index])
+        begin = self._begins[index]
+        return tuple(self._order[begin : begin + self._size].tolist())
+
+
+def training_batches(examples: Examples, size: int, seed: int, epoch: int, by_length: bool) -> Batches:
     """Places of every batch of one epoch: shuffled; if they are to be padded, grouped by length within windows."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator)
+    begins = range(0, len(order), size)
     if not by_length:
-        return [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-    batches: list[tuple[int, ...]] = []
-    for start in range(0, len(order), size * _WINDOW):
-        window = sorted(order[start : start + size * _WINDOW], key=lambda i: examples.lengths[i])
-        batches += [tuple(window[i : i + size]) for i in range(0, len(window), size)]
-    shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    return [batches[i] for i in shuffled]
+        return Batches(order, size, begins)
+    for begin in range(0, len(order), size * _WINDOW):
+        window = order[begin : begin + size * _WINDOW]
+        window.copy_(torch.tensor(sorted(window.tolist(), key=examples.lengths.__getitem__)))
+    shuffled = torch.randperm(len(begins), generator=generator).tolist()
+    return Batches(order, size, [begins[i] for i in shuffled])
 
 
 def passes(examples: Examples, indices: Sequence[int], most: int) -> list[list[int]]:

@@ -109,7 +109,7 @@ class PixelsAndTokens(Examples):
     tokens: Tokens
 
     @property
-    def lines(self) -> tuple[int, ...]:  # type: ignore[override]
+    def lines(self) -> Sequence[int]:  # type: ignore[override]
         """Row numbers."""
         return self.tokens.lines
 

@@ -9,9 +9,8 @@
 Texts are kept as they are, white space included.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,14 +82,9 @@ class Dialogues(Part):
         """The dialogues at these positions."""
         return Dialogues(tuple(self.turns[i] for i in indices), self.source, tuple(self.lines[i] for i in indices))
 
-    def digest(self) -> str:
-        """A hash of all turns, in their order."""
-        digest = hashlib.sha256()
-        for turns in self.turns:
-            for role, content in turns:
-                digest.update(f"{role}{len(content)}:{content}".encode())
-            digest.update(b";")
-        return digest.hexdigest()[:16]
+    def encoded(self) -> Iterator[str]:
+        """All turns of each dialogue."""
+        return ("".join(f"{role}{len(content)}:{content}" for role, content in turns) for turns in self.turns)
 
     def about(self) -> str:
         """How many answers, and the first row."""

@@ -13,21 +13,32 @@ NAME = "the rows in memory"
 
 
 class Memory:
-    """A table in memory, which readers take as they take a file. `str` of it is for messages."""
+    """A table in memory, which readers take as they take a file. `str` of it is for messages.
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = NAME) -> None:
-        self.rows, self.name = [(n, dict(row)) for n, row in enumerate(rows, 1) if isinstance(row, Mapping)], name
-        wrong = [(n, row) for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
+    A piece of a larger table has the `columns` of all of it, and the numbers of its rows there (`lines`).
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        name: str = NAME,
+        columns: Sequence[str] | None = None,
+        lines: Sequence[int] | None = None,
+    ) -> None:
+        numbered = list(zip(range(1, len(rows) + 1) if lines is None else lines, rows))
+        self.rows = [(n, row) for n, row in numbered if isinstance(row, Mapping)]
+        wrong = [(n, row) for n, row in numbered if not isinstance(row, Mapping)]
         faults = [(n, f"it is {row!r:.60}, not a dict with a value for each column") for n, row in wrong]
         leave_out(name, faults, left=len(self.rows))
-        self.columns = list(dict.fromkeys(str(column) for _, row in self.rows for column in row))
+        found = columns if columns is not None else dict.fromkeys(str(key) for _, row in self.rows for key in row)
+        self.columns, self.name = list(found), name
 
     def __str__(self) -> str:
         return self.name
 
     def table(self) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
         """Column names, and rows by number."""
-        return self.columns, iter(self.rows)
+        return self.columns, ((n, dict(row)) for n, row in self.rows)
 
 
 def in_memory(data: object, name: str = NAME) -> Memory:

@@ -10,10 +10,9 @@
 The first two and the last two may have other names, given by the caller. In a CSV file lists are written as JSON.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +63,11 @@ class Preferences(Part):
         turns, lines = tuple(self.turns[i] for i in indices), tuple(self.lines[i] for i in indices)
         return Preferences(turns, chosen, rejected, self.source, lines)
 
-    def digest(self) -> str:
-        """A hash of all turns and answers, in their order."""
-        digest = hashlib.sha256(self.asked().digest().encode())
-        for answer in (*(self.chosen or ()), *(self.rejected or ())):
-            digest.update(f"{len(answer)}:{answer}".encode())
-        return digest.hexdigest()[:16]
+    def encoded(self) -> Iterator[str]:
+        """All turns and both answers of each row."""
+        none = ("",) * len(self)
+        rows = zip(self.asked().encoded(), self.chosen or none, self.rejected or none)
+        return (f"{len(asked)}:{asked}{len(good)}:{good}{len(bad)}:{bad}" for asked, good, bad in rows)
 
     def about(self) -> str:
         """How many pairs, and the first row."""

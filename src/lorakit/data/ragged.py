@@ -23,7 +23,7 @@ class Ragged(Sequence[Row]):
 
     def __init__(self, values: Tensor, starts: Tensor) -> None:
         self.values, self.starts = values, starts
-        self._ends: list[int] = starts.tolist()
+        self._ends = memoryview(starts.numpy())  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[float]]) -> "Ragged":

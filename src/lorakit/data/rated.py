@@ -1,7 +1,7 @@
 """Texts, or pairs of them, with a number each: a rating, a similarity. From a column of a table."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,14 @@ class Rated(Texts):
         lines = tuple(self.lines[i] for i in indices)
         return Rated(tuple(self.texts[i] for i in indices), numbers, self.source, lines, others)
 
-    def digest(self) -> str:
-        """A hash of texts and numbers, in their order."""
-        return self.hashed(list(map(repr, self.numbers)) if self.numbers else None)
+    def encoded(self) -> Iterator[str]:
+        """Texts and number of each row."""
+        return self.written(list(map(repr, self.numbers)) if self.numbers else None)
+
+    def telling(self) -> list[int]:
+        """The first rows, and those with the lowest and the highest number."""
+        ends = [self.numbers.index(end(self.numbers)) for end in (min, max)] if self.numbers else []
+        return sorted({*super().telling(), *ends})
 
     def about(self) -> str:
         """What the numbers are, and the first row."""

@@ -6,27 +6,37 @@ Values. Where they come from is `sources.py`. A task with other data (dialogues,
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lorakit.data.faults import BadRow, refuse
 from lorakit.errors import DataError, listed
 
+Ints = NDArray[np.int64]
+HASH = 16  # bytes
+_FIRST = 32  # rows of a part that are looked at for what all are like
+
 
 class Part(ABC):
-    """Rows of one table, in whatever form a task takes them. `lines` are the row numbers in `source`, for messages."""
+    """Rows of one table, in whatever form a task takes them. `lines` are the row numbers in `source`, for messages.
+
+    A part whose rows have a text each (`encoded`) may stay on disk where it is large: data/streamed.py.
+    """
 
     source: str
-    lines: tuple[int, ...]
+    lines: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     @abstractmethod
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> Sequence[str]:
         """What the model is given of each row, as one text."""
 
     @abstractmethod
@@ -41,15 +51,48 @@ class Part(ABC):
             raise DataError(f"'{self.source}': no row is left of {len(self)}; {listed(map(str, bad), 5)}")
         return self if len(kept) == len(self) else self.take(kept)
 
-    @abstractmethod
+    def cut(self, *parts: Sequence[int]) -> "list[Part]":
+        """The rows at the positions of each of these parts."""
+        return [self.take(indices) for indices in parts]
+
+    def encoded(self) -> Iterator[str] | None:
+        """Of each row all that is learned from, as a text that no other row has; None for a part with a digest of its
+        own, which is in memory as a whole."""
+        return None
+
+    def hashes(self) -> NDArray[np.uint8]:
+        """A hash of all that is learned from each row: `(rows, 16)`."""
+        return _hashes(self.encoded() or (), HASH)
+
+    def keys(self) -> NDArray[np.uint64]:
+        """A hash of each input: `(rows,)`."""
+        return _hashes(self.inputs, 8).view(np.uint64)[:, 0]
+
     def digest(self) -> str:
         """A hash of all that is learned from, in its order."""
+        return hashlib.sha256(np.ascontiguousarray(self.hashes()).data).hexdigest()[:16]
 
     @abstractmethod
     def about(self) -> str:
         """A line for people: what is in it, and the first row."""
 
-    def classes(self) -> tuple[str, ...] | None:
+    def chunks(self) -> "Iterator[Part]":
+        """All rows in their order, as parts that are in memory."""
+        yield self
+
+    @property
+    def core(self) -> Any:
+        """Rows that tell what all are like (`telling`), in memory, of the form that the task takes."""
+        return self
+
+    def telling(self) -> list[int]:
+        """Positions of a few rows of which `faults` says what it says of all: the first, and the first of a class."""
+        first: dict[str, int] = {}
+        for place, name in enumerate(self.classes() or ()):
+            first.setdefault(name, place)
+        return sorted({*range(min(_FIRST, len(self))), *first.values()})
+
+    def classes(self) -> Sequence[str] | None:
         """The class of each row, where rows fall into classes that every part of a split must have; else None."""
         return None
 
@@ -60,6 +103,43 @@ class Part(ABC):
     def parted(self, draw: random.Random, valid: bool, test: bool) -> tuple[list[int], list[int], list[int]] | None:
         """Places of the rows to learn from, to choose by and to report on, where rows want a split of their own."""
         return None
+
+
+def _hashes(texts: Iterable[str], size: int) -> NDArray[np.uint8]:
+    found = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest() for text in texts]
+    return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, size)
+
+
+class Coded(Sequence[str]):
+    """Names of which many are alike, by their numbers: `names`, each once, and `codes (n,)`.
+
+    >>> list(Coded.of(["b", "a", "b"])), Coded.of(["b", "a", "b"]).codes.tolist()
+    (['b', 'a', 'b'], [0, 1, 0])
+    """
+
+    def __init__(self, names: Sequence[str], codes: NDArray[np.int32]) -> None:
+        self.names, self.codes = tuple(names), codes
+
+    @classmethod
+    def of(cls, names: Sequence[str], known: dict[str, int] | None = None) -> "Coded":
+        """From the names themselves; `known` has numbers already, and learns the new ones."""
+        if isinstance(names, Coded):
+            return names
+        numbers = {} if known is None else known
+        codes = np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int32, len(names))
+        return cls(tuple(numbers), codes)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Coded": ...
+    def __getitem__(self, index: int | slice) -> "str | Coded":
+        if isinstance(index, slice):
+            return Coded(self.names, self.codes[index])
+        return self.names[int(self.codes[index])]
 
 
 P = TypeVar("P", bound=Part)
@@ -83,14 +163,10 @@ class Texts(Part):
         """What they are, in words."""
         return "single texts" if self.others is None else "pairs of texts"
 
-    def hashed(self, learned: Sequence[str] | None) -> str:
-        """A hash of all texts, and of what is learned of each, in their order."""
-        digest = hashlib.sha256()
-        for text, goal in zip(self.texts, learned or self.texts):
-            digest.update(f"{len(text)}:{text}{len(goal)}:{goal}".encode())
-        for text in self.others or ():
-            digest.update(f"{len(text)}:{text}".encode())
-        return digest.hexdigest()[:16]
+    def written(self, learned: Sequence[str] | None) -> Iterator[str]:
+        """Of each row its texts, and what is learned of it."""
+        for text, goal, other in zip(self.texts, learned or self.texts, self.others or ("",) * len(self)):
+            yield f"{len(text)}:{text}{len(goal)}:{goal}{len(other)}:{other}"
 
     def shown(self) -> str:
         """The first row, cut."""
@@ -126,9 +202,9 @@ class Rows(Texts):
         lines = tuple(self.lines[i] for i in indices)
         return Rows(tuple(self.texts[i] for i in indices), labels, self.source, lines, others)
 
-    def digest(self) -> str:
-        """A hash of texts and labels, in their order."""
-        return self.hashed(self.labels)
+    def encoded(self) -> Iterator[str]:
+        """Texts and label of each row."""
+        return self.written(self.labels)
 
     def about(self) -> str:
         """How many labels, and the first row."""
@@ -171,11 +247,17 @@ class Splits(Generic[P]):
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels of the training rows, sorted (numbers by value); none where rows have none."""
-        return in_order(self.train.classes() or ())
+        return in_order(self.train.core.classes() or ())
+
+    @property
+    def n_leaks(self) -> int:
+        """Inputs of training rows that held-out rows have too."""
+        held = np.concatenate([self.valid.keys(), self.test.keys()])
+        return len(np.intersect1d(self.train.keys(), held))
 
     def checked(self) -> Self:
         """Itself, if it can be learned from; DataError with every reason why not."""
-        faults = self.train.faults(self.valid, self.test)
+        faults = self.train.core.faults(self.valid.core, self.test.core)
         bad = [fault for fault in faults if isinstance(fault, BadRow)]
         if len(bad) < len(faults):
             raise DataError(listed(faults))
@@ -210,13 +292,12 @@ def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Spli
     """
     own = rows.parted(random.Random(seed), valid > 0, test > 0)
     if own is not None:
-        train, held, proof = (rows.take(sorted(part)) for part in own)
-        return Splits(train, held, proof)
-    classes = rows.classes()
-    n_rows = Counter(classes or [""] * len(rows))
+        return Splits(*rows.cut(*map(sorted, own)))  # type: ignore[arg-type]
+    classes = Coded.of(rows.classes() or ("",) * len(rows))
+    n_rows = np.bincount(classes.codes, minlength=len(classes.names))
     least = 1 + (valid > 0) + (test > 0)
-    few = {name: n for name, n in n_rows.items() if n < least}
-    if few or not n_rows:
+    few = {name: n for name, n in zip(classes.names, n_rows.tolist()) if n < least}
+    if few or not len(rows):
         name, n = next(iter(few.items()), ("", 0))
         raise DataError(
             f"'{rows.source}'{f': label {name!r}' if name else ''} has {n} row{'s' if n != 1 else ''}; at least "
@@ -224,23 +305,30 @@ def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Spli
             "their own"
         )
     draw = random.Random(seed)
-    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for units in _units(rows, classes):
-        draw.shuffle(units)
-        n_valid, n_test = (max(1, round(len(units) * share)) if share else 0 for share in (valid, test))
-        ends = (n_valid, n_valid + n_test, len(units))
-        for part, begin, end in zip((1, 2, 0), (0, *ends), ends):
-            parts[part].extend(index for unit in units[begin:end] for index in unit)
-    train, held, proof = (rows.take(sorted(part)) for part in parts)
-    return Splits(train, held, proof)
+    goes = np.zeros(len(rows), dtype=np.int8)  # of each row the part: train, valid, test
+    for places, units in _units(rows, classes):
+        order = array("q", range(int(units[-1]) + 1))
+        draw.shuffle(order)
+        shuffled = np.asarray(order)
+        n_valid, n_test = (max(1, round(len(order) * share)) if share else 0 for share in (valid, test))
+        part = np.zeros(len(order), dtype=np.int8)
+        part[shuffled[:n_valid]], part[shuffled[n_valid : n_valid + n_test]] = 1, 2
+        goes[places] = part[units]
+    return Splits(*rows.cut(*(positions(np.flatnonzero(goes == k)) for k in range(3))))  # type: ignore[arg-type]
 
 
-def _units(rows: Part, classes: Sequence[str] | None) -> list[list[list[int]]]:
-    """What must not be torn apart, for each class: positions of rows."""
-    same: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, (name, text) in enumerate(zip(classes or [""] * len(rows), rows.inputs)):
-        same[name][text].append(index)
-    return [
-        list(units.values()) if len(units) >= _FEW_INPUTS else [[i] for unit in units.values() for i in unit]
-        for _, units in sorted(same.items())
-    ]
+def positions(found: Ints) -> Sequence[int]:
+    """Whole numbers in an array, as a sequence of Python's."""
+    return memoryview(found)  # type: ignore[arg-type]
+
+
+def _units(rows: Part, classes: Coded) -> Iterator[tuple[Ints, Ints]]:
+    """For each class its rows `(n,)`, and which of them must not be torn apart: the number of a unit each, rising."""
+    keys, order = rows.keys(), np.argsort(classes.codes, kind="stable")
+    ends = np.cumsum(np.bincount(classes.codes, minlength=len(classes.names)))
+    for _, code in sorted(zip(classes.names, range(len(classes.names)))):
+        places = order[ends[code - 1] if code else 0 : ends[code]]
+        _, first, same = np.unique(keys[places], return_index=True, return_inverse=True)
+        units = np.argsort(np.argsort(first))[same]  # by where they first stand
+        by_unit = np.argsort(units, kind="stable")
+        yield places[by_unit], units[by_unit] if len(first) >= _FEW_INPUTS else np.arange(len(places))

@@ -6,12 +6,14 @@ there is an error that lists those that are.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.data.faults import leave_out, skipping, usable
 from lorakit.data.memory import NAME, Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
+from lorakit.data.streamed import read_or_streamed
 from lorakit.data.tables import DEMO, SUFFIXES, Table, open_table
 from lorakit.errors import DataError, nearest
 
@@ -37,6 +39,7 @@ def load_splits(
     seed: int = 0,
     read: Callable[..., P] | None = None,
     skip_bad: int = 0,
+    most_in_memory: int | None = None,
     **columns: Any,
 ) -> Splits[P]:
     """Training, validation and test rows.
@@ -44,25 +47,28 @@ def load_splits(
     `data` is a file, a directory with parts of their own (`train.csv`, `valid.csv`, `test.csv`, or a Hugging Face
     dataset), "demo:support", or rows in memory (data/memory.py). What is not given is split off the training rows, at
     random by `seed`, within each label where there are labels. `read` reads one table and takes the names of its
-    `columns`: `load_rows` (the default) `text`, `text2` and `label`, `load_dialogues` `prompt` and `answer`. Raises
-    DataError that names file, row and way out; up to `skip_bad` rows that cannot be used, of all parts together, are
-    left out (`Splits.skipped`).
+    `columns`: `load_rows` (the default) `text`, `text2` and `label`, `load_dialogues` `prompt` and `answer`. Rows
+    of a file that would take more than `most_in_memory` bytes (half of what is free) stay in it: data/streamed.py.
+    Raises DataError that names file, row and way out; up to `skip_bad` rows that cannot be used, of all parts together,
+    are left out (`Splits.skipped`).
     """
+    plain: Callable[..., Any] = partial(read or load_rows, **columns)
+
+    def reader(source: Any) -> Any:
+        return read_or_streamed(source, plain, most_in_memory)
+
     with skipping(skip_bad) as skipped:
-        found = _loaded(data, {"valid": valid, "test": test}, seed, read or load_rows, columns)
+        found = _loaded(data, {"valid": valid, "test": test}, seed, reader)
         return usable(replace(found, skipped=skipped.bad), Splits.checked)[0]
 
 
-def _loaded(
-    data: Any, given: Mapping[str, Any], seed: int, reader: Callable[..., Any], columns: Mapping[str, Any]
-) -> Splits[Any]:
+def _loaded(data: Any, given: Mapping[str, Any], seed: int, reader: Callable[[Any], Any]) -> Splits[Any]:
     parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, _PARTS)
-    loaded = {"train": reader(parts.get("train", data), **columns)}
+    loaded = {"train": reader(parts.get("train", data))}
     for name, own in given.items():
         place = own if own is not None else parts.get(name)
         if place is not None:
-            source = place if isinstance(place, str | Path) else in_memory(place, f"{NAME} ('{name}')")
-            loaded[name] = reader(source, **columns)
+            loaded[name] = reader(place if isinstance(place, str | Path) else in_memory(place, f"{NAME} ('{name}')"))
     train = loaded["train"]
     share = {name: 0.0 if name in loaded else _SHARE for name in ("valid", "test")}
     if not any(share.values()):

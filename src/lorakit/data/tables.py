@@ -1,6 +1,9 @@
 """Tables: column names and rows of CSV, TSV, JSON Lines, JSON, Parquet, a Hugging Face dataset directory, the demo.
 
 Text files may be gzip-ed (`.csv.gz`, `.jsonl.gz` ...). Every fault of a file is a DataError that names its row.
+
+A file is gone through once to check it and to find its columns, and once for its rows, which come one at a time: only
+`.json` is in memory as a whole.
 """
 
 import csv
@@ -11,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,21 @@ from lorakit.errors import DataError, MissingExtraError, nearest
 DEMO = "demo:"
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # row number as a person counts it, column -> value
+Opened = tuple[list[str], Callable[[], Table]]  # columns, and rows as often as they are wanted
+_AT_ONCE = 1024  # rows that pyarrow makes Python values of together
+_SAMPLE = 1 << 22  # bytes of text that tell how well a file was packed
 
 
 def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
     """Column names and rows of one table. DataError names the file, where it can the row, and the way out."""
+    columns, rows = opened(source)
+    return columns, rows()
+
+
+def opened(source: str | Path | Memory) -> Opened:
+    """Column names of one table, and what gives its rows from the first on, again and again."""
     if isinstance(source, Memory):
-        return source.table()
+        return source.table()[0], lambda: source.table()[1]
     name = str(source)
     if name.startswith(DEMO):
         return _demo(name.removeprefix(DEMO))
@@ -47,6 +59,30 @@ def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
         return reader(path)
 
 
+def table_bytes(source: str | Path) -> int:
+    """About how many bytes a table is, unpacked, whose rows can be read without having all of it in memory; else 0."""
+    path = Path(source)
+    if path.is_dir() and is_dataset(path):
+        return sum(file.stat().st_size for file in path.glob("*.arrow"))
+    if not path.is_file() or _format(path) not in _BY_ROWS:
+        return 0
+    n_bytes = path.stat().st_size
+    if _suffix(path) == ".parquet":
+        try:
+            arrow = _arrow()
+            note = arrow.parquet.read_metadata(path)
+        except (MissingExtraError, OSError, ValueError):  # the reader tells it
+            return 0
+        return max(n_bytes, sum(int(note.row_group(k).total_byte_size) for k in range(note.num_row_groups)))
+    if not _suffix(path).endswith(_GZ):
+        return n_bytes
+    try:
+        with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as stream:
+            return int(n_bytes * len(stream.read(_SAMPLE)) / max(1, min(packed.tell(), n_bytes)))
+    except (OSError, EOFError, zlib.error):
+        return 0
+
+
 def read_text(source: str | Path) -> str:
     """All text of a file, unpacked where its name ends in .gz. DataError names the file and the way out."""
     path = Path(source)
@@ -64,9 +100,9 @@ def _named(path: Path) -> Iterator[None]:
             raise DataError(f"'{path}' is empty")
         yield
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        where = _not_text(path) or str(error)
         raise DataError(
-            f"'{path}' is not UTF-8 text (line {line}: {error}); save it as UTF-8, or check that it is the right file"
+            f"'{path}' is not UTF-8 text ({where}); save it as UTF-8, or check that it is the right file"
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"'{path}' cannot be unpacked ({error}); it is damaged, or no gzip file") from None
@@ -90,75 +126,111 @@ def _text(path: Path) -> str:
     return (gzip.decompress(content) if _suffix(path).endswith(_GZ) else content).decode("utf-8-sig")
 
 
-def _demo(name: str) -> tuple[list[str], Table]:
+def _bytes(path: Path) -> Any:
+    """The file, unpacked."""
+    return gzip.open(path) if _suffix(path).endswith(_GZ) else path.open("rb")
+
+
+def _not_text(path: Path) -> str:
+    """The first line that is not UTF-8, and why."""
+    with _bytes(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: {error}"
+    return ""
+
+
+def _demo(name: str) -> Opened:
     folder = resources.files("lorakit.data") / "demo"
     known = sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
     if name not in known:
         raise DataError(f"there is no demo table '{name}'{nearest(name, known)}")
     with resources.as_file(folder / f"{name}.csv") as path:
-        return _read_csv(path)
+        columns, rows = _read_csv(path)
+        kept = list(rows())
+    return columns, lambda: iter(kept)
 
 
-def _read_csv(path: Path) -> tuple[list[str], Table]:
+def _read_csv(path: Path) -> Opened:
     delimiter = "\t" if _format(path) == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[list[str], int]] = []  # fields, and the line on which they end
-    try:
-        rows.extend((row, reader.line_num) for row in reader)
-    except csv.Error as error:
-        begin = rows[-1][1] + 1 if rows else 1
-        where = f"row {len(rows) + 1}, line{_lines(begin, reader.line_num)}"
-        raise DataError(
-            f"'{path}' is not a table of comma-separated values: {where} ({error}); check its quotes"
-        ) from None
-    if not rows:
+
+    def lines() -> Iterator[tuple[int, list[str], int]]:
+        """Number and fields of every row, and the line on which it ends."""
+        number = end = 0
+        with _named(path), io.TextIOWrapper(_bytes(path), "utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            try:
+                for number, row in enumerate(reader, 1):
+                    end = reader.line_num
+                    yield number, row, end
+            except csv.Error as error:
+                where = f"row {number + 1}, line{_lines(end + 1, reader.line_num)}"
+                raise DataError(
+                    f"'{path}' is not a table of comma-separated values: {where} ({error}); check its quotes"
+                ) from None
+
+    found = lines()
+    first = next(found, None)
+    if first is None:
         raise DataError(f"'{path}' is empty")
-    header = [column.strip() for column in rows[0][0]]
+    _, fields, before = first
+    header = [column.strip() for column in fields]
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         raise DataError(f"'{path}' names column '{twice[0]}' twice in its header")
     faults: list[tuple[int, str]] = []
-    good: list[tuple[int, list[str]]] = []
-    for number, ((_, before), (row, end)) in enumerate(pairwise(rows), 2):
-        if not row:
-            continue
-        if len(row) == len(header):
-            good.append((number, row))
-            continue
-        over = f", over line{_lines(before + 1, end)}: is a quote left open?" if end > before + 1 else ""
-        faults.append((number, f"{len(row)} fields where the header has {len(header)}{over}"))
-    leave_out(path, faults, "a text with a comma must stand in double quotes", left=len(good))
-    return header, ((number, dict(zip(header, row))) for number, row in good)
+    n_good = 0
+    for number, row, end in found:
+        if row and len(row) != len(header):
+            over = f", over line{_lines(before + 1, end)}: is a quote left open?" if end > before + 1 else ""
+            faults.append((number, f"{len(row)} fields where the header has {len(header)}{over}"))
+        n_good += len(row) == len(header)
+        before = end
+    leave_out(path, faults, "a text with a comma must stand in double quotes", left=n_good)
+    return header, lambda: (
+        (number, dict(zip(header, row))) for number, row, _ in islice(lines(), 1, None) if len(row) == len(header)
+    )
 
 
 def _lines(begin: int, end: int) -> str:
     return f" {begin}" if begin == end else f"s {begin} to {end}"
 
 
-def _read_json_lines(path: Path) -> tuple[list[str], Table]:
-    content = _text(path)
-    records: list[tuple[int, Any]] = []
+def _read_json_lines(path: Path) -> Opened:
+    def records() -> Iterator[tuple[int, Any]]:
+        with _named(path), io.TextIOWrapper(_bytes(path), "utf-8-sig", newline="\n") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        yield number, error
+
+    rows = _of_list(path) if _format(path) == ".json" else records
+    columns: dict[str, None] = {}
     faults: list[tuple[int, str]] = []
-    if _format(path) == ".json":
-        try:
-            whole = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise DataError(f"'{path}' is not valid JSON: {error}") from None
-        if not isinstance(whole, list):
-            raise DataError(f"'{path}' must hold a list of objects; for one object a line name it .jsonl")
-        records = list(enumerate(whole, 1))
-    else:
-        for number, line in enumerate(content.split("\n"), 1):  # splitlines would also split inside a text, at U+2028
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    faults.append((number, f"not valid JSON ({error.msg})"))
-    good = [(number, record) for number, record in records if isinstance(record, dict)]
-    faults += [(number, "not an object") for number, record in records if not isinstance(record, dict)]
-    leave_out(path, sorted(faults), left=len(good))
-    columns = list(dict.fromkeys(column for _, record in good for column in record))
-    return columns, iter(good)
+    n_good = 0
+    for number, record in rows():
+        if isinstance(record, dict):
+            columns.update(dict.fromkeys(record))
+            n_good += 1
+        else:
+            broken = isinstance(record, json.JSONDecodeError)
+            faults.append((number, f"not valid JSON ({record.msg})" if broken else "not an object"))
+    leave_out(path, faults, left=n_good)
+    return list(columns), lambda: ((number, record) for number, record in rows() if isinstance(record, dict))
+
+
+def _of_list(path: Path) -> Callable[[], Iterator[tuple[int, Any]]]:
+    try:
+        whole = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(whole, list):
+        raise DataError(f"'{path}' must hold a list of objects; for one object a line name it .jsonl")
+    return lambda: enumerate(whole, 1)
 
 
 def _arrow() -> Any:
@@ -170,16 +242,26 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _rows_of(table: Any) -> tuple[list[str], Table]:
-    return list(table.column_names), enumerate(table.to_pylist(), 1)
+def _counted(batches: Iterator[Any]) -> Table:
+    """Rows of pyarrow's batches, by number."""
+    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def _read_parquet(path: Path) -> tuple[list[str], Table]:
+def _read_parquet(path: Path) -> Opened:
     arrow = _arrow()
+
+    def batches() -> Iterator[Any]:
+        try:
+            with arrow.parquet.ParquetFile(path) as file:
+                yield from file.iter_batches(_AT_ONCE)
+        except arrow.ArrowInvalid as error:
+            raise DataError(f"'{path}' is not a readable Parquet file: {error}") from None
+
     try:
-        return _rows_of(arrow.parquet.read_table(path))
+        columns = arrow.parquet.read_schema(path).names
     except arrow.ArrowInvalid as error:
         raise DataError(f"'{path}' is not a readable Parquet file: {error}") from None
+    return list(columns), lambda: _counted(batches())
 
 
 def is_dataset(path: Path) -> bool:
@@ -187,7 +269,7 @@ def is_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or any(path.glob("*.arrow"))
 
 
-def _read_arrow(path: Path) -> tuple[list[str], Table]:
+def _read_arrow(path: Path) -> Opened:
     """A directory written by `datasets.Dataset.save_to_disk`; label numbers become the names of its features."""
     arrow = _arrow()
     state = path / "state.json"
@@ -199,11 +281,13 @@ def _read_arrow(path: Path) -> tuple[list[str], Table]:
         table = arrow.concat_tables([arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all() for file in files])
     except (arrow.ArrowInvalid, OSError) as error:
         raise DataError(f"'{path}' is not a readable dataset directory: {error}") from None
-    names = _label_names(path)
-    columns, rows = _rows_of(table)
-    if not names:
-        return columns, rows
-    return columns, ((n, {k: by_name(v, names[k]) if k in names else v for k, v in row.items()}) for n, row in rows)
+    columns, names = list(table.column_names), _label_names(path)
+
+    def rows() -> Table:
+        for number, row in _counted(table.to_batches(_AT_ONCE)):
+            yield number, {k: by_name(v, names[k]) if k in names else v for k, v in row.items()} if names else row
+
+    return columns, rows
 
 
 def _label_names(path: Path) -> dict[str, list[str]]:
@@ -223,7 +307,8 @@ def _label_names(path: Path) -> dict[str, list[str]]:
 
 
 _GZ = ".gz"
-_TEXTS: dict[str, Callable[[Path], tuple[list[str], Table]]] = {
+_BY_ROWS = (".csv", ".tsv", ".jsonl", ".parquet")
+_TEXTS: dict[str, Callable[[Path], Opened]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".jsonl": _read_json_lines,

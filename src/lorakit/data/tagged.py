@@ -10,7 +10,6 @@ In a CoNLL file columns are called by their number: "1" is the first. Lines `-DO
 not count.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -62,9 +61,17 @@ class Tagged(Part):
         tags = tuple(self.tags[i] for i in indices) if self.tags is not None else None
         return Tagged(tuple(self.words[i] for i in indices), tags, self.source, tuple(self.lines[i] for i in indices))
 
-    def digest(self) -> str:
-        """A hash of words and tags, in their order."""
-        return hashlib.sha256(json.dumps([self.words, self.tags]).encode()).hexdigest()[:16]
+    def encoded(self) -> Iterator[str]:
+        """Words and tags of each row."""
+        return (json.dumps(row) for row in zip(self.words, self.tags or self.words))
+
+    def telling(self) -> list[int]:
+        """The first rows, and the first with each tag."""
+        first: dict[str, int] = {}
+        for place, tags in enumerate(self.tags or ()):
+            for tag in tags:
+                first.setdefault(tag, place)
+        return sorted({*super().telling(), *first.values()})
 
     def about(self) -> str:
         """How many tags, and the first row."""

@@ -8,9 +8,8 @@
 Texts are kept as they are, white space included.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,10 @@ class Translations(Part):
         texts, lines = tuple(self.texts[i] for i in indices), tuple(self.lines[i] for i in indices)
         return Translations(texts, targets, self.source, lines)
 
-    def digest(self) -> str:
-        """A hash of texts and targets, in their order."""
-        digest = hashlib.sha256()
-        for text, target in zip(self.texts, self.targets or self.texts):
-            digest.update(f"{len(text)}:{text}{len(target)}:{target}".encode())
-        return digest.hexdigest()[:16]
+    def encoded(self) -> Iterator[str]:
+        """Text and target of each row."""
+        pairs = zip(self.texts, self.targets or self.texts)
+        return (f"{len(text)}:{text}{len(target)}:{target}" for text, target in pairs)
 
     def about(self) -> str:
         """How many texts have several targets, and the first row."""

@@ -5,18 +5,20 @@ a line through the two counts gives a pass of any size. Attention keeps nothing 
 tell. The rest is known: what the process has by then, and what training adds to it for good.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorakit.data.batches import Batch, Examples, passes
+from lorakit.data.rows import positions
 from lorakit.errors import FitError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import TOKENS_PER_PASS
@@ -100,7 +102,7 @@ class Budget:
     def _measure(self, learner: Learner) -> None:
         """Two passes of training and of evaluation. Of a copy of the rows: the learner keeps no prefix of these."""
         examples = copy(self.examples)
-        order = sorted(range(len(examples)), key=lambda i: examples.lengths[i])
+        order = positions(np.argsort(examples.lengths, kind="stable"))
         trained: list[tuple[int, int]] = []
         evaluated: list[tuple[int, int]] = []
         for indices in (_first(examples, order, _FEW), _first(examples, order[::-1], _MANY)):
@@ -169,7 +171,7 @@ class Budget:
             )
 
 
-def _first(examples: Examples, order: list[int], n_tokens: int) -> list[int]:
+def _first(examples: Examples, order: Sequence[int], n_tokens: int) -> list[int]:
     """Texts from the front of the order until there are so many tokens."""
     found: list[int] = []
     for i in order:

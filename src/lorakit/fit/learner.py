@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
-from lorakit.data.batches import Batch, Examples, passes, plain_batches, training_batches
+from lorakit.data.batches import Batch, Batches, Examples, passes, plain_batches, training_batches
 from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
@@ -58,7 +58,7 @@ class Learner:
         trunk.refresh()
         trunk.gradients_in_place(True)
 
-    def batches(self, examples: Examples, epoch: int = 0) -> list[tuple[int, ...]]:
+    def batches(self, examples: Examples, epoch: int = 0) -> Batches:
         """Places of every batch of one epoch, in their order; by length where rows are padded."""
         settings = self.settings
         examples.begin(settings.seed, epoch)

@@ -142,7 +142,7 @@ def fit(
             goal = learner.task = goal.calibrated(parts["valid"], learner.scores)
             metrics = learner.evaluate(parts["test"])
             memory["peak_bytes"] = peak_resident()
-        tried = goal.tried(base, data.test) if workers.first else {}
+        tried = goal.tried(base, data.test.core) if workers.first else {}
         adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
     if goal.peft_task:
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})

@@ -11,6 +11,7 @@ from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.data import Splits
 from lorakit.data.faults import BadRow, told
+from lorakit.data.streamed import Streamed
 from lorakit.fit.directory import Journal
 from lorakit.fit.loop import State
 from lorakit.fit.settings import Settings
@@ -62,6 +63,11 @@ def about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any]) -> dict[s
         "adapter_parameters": adapter.n_parameters,
         "adapter_bytes": adapter.n_bytes,
         "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "streamed": {
+            name: part.about()
+            for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test))
+            if isinstance(part, Streamed)
+        },
         **named(goal),
         "metric": goal.metric,
         "versions": {"lorakit": __version__, "torch": torch.__version__, "python": platform.python_version()},

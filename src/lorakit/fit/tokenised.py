@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorakit._version import __version__
@@ -17,8 +18,10 @@ from lorakit.cache import cache_folder, keep_below
 from lorakit.data.batches import Examples, Tokens
 from lorakit.data.ragged import Ragged
 from lorakit.data.rows import Part
+from lorakit.data.streamed import Streamed
 from lorakit.errors import LorakitError
 from lorakit.files import read_tensors, write_tensors
+from lorakit.fit.mapped import mapped
 from lorakit.tasks.task import Task
 
 _WORTH_S = 2.0  # what is made in less is not kept
@@ -28,7 +31,10 @@ _FIELDS = ("ids", "labels", "reads", "types")
 
 def tokenised(task: Task, rows: Part, tokenizer: Any, *, truncate: bool) -> Examples:
     """The examples of these rows, as `task.examples` makes them."""
-    file = _file(task, rows, tokenizer, truncate)
+    key = _key(task, rows, tokenizer, truncate)
+    if isinstance(rows, Streamed):
+        return mapped(task, rows, tokenizer, key, truncate=truncate)
+    file = cache_folder() / "tokens" / f"{key}.safetensors" if key else None
     if file is not None and file.is_file():
         try:
             found = _read(file)
@@ -47,15 +53,15 @@ def tokenised(task: Task, rows: Part, tokenizer: Any, *, truncate: bool) -> Exam
     return examples
 
 
-def _file(task: Task, rows: Part, tokenizer: Any, truncate: bool) -> Path | None:
-    """Where they would be; None if the tokenizer does not tell what it does."""
+def _key(task: Task, rows: Part, tokenizer: Any, truncate: bool) -> str | None:
+    """What names them; None if the tokenizer does not tell what it does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     own = [getattr(tokenizer, name, None) for name in ("chat_template", "model_max_length", "add_bos_token")]
-    what = [__version__, backend.to_str(), str(own), task.note(), rows.digest(), list(rows.lines), truncate]
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "tokens" / f"{key}.safetensors"
+    what = [__version__, backend.to_str(), str(own), task.note(), rows.digest(), truncate]
+    lines = np.asarray(rows.lines, dtype=np.int64).tobytes()
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode() + lines).hexdigest()[:32]
 
 
 def _write(file: Path, examples: Tokens) -> None:

@@ -87,7 +87,7 @@ class Pooled(Task):
 
 def used(base: Base, rows: Texts) -> dict[str, Any]:
     """How a task for these rows uses this base: values for the fields of Pooled."""
-    pairs = rows.others is not None
+    pairs = rows.core.others is not None
     types = pairs and int(getattr(base.model.config, "type_vocab_size", 0) or 0) > 1  # type: ignore[arg-type]
     return {"pool": base.pool, "max_length": base.max_length, "pairs": pairs, "types": types}
 

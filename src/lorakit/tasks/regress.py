@@ -85,7 +85,7 @@ class Regress(Pooled):
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Regress":
         """With mean and deviation of the training rows, pooled as the base wants."""
-        numbers = np.asarray(data.train.numbers, dtype=float)
+        numbers = np.concatenate([np.asarray(part.numbers, dtype=float) for part in data.train.chunks()])
         return cls(float(numbers.mean()), float(numbers.std()), **used(base, data.train))
 
     def examples(self, rows: Rated, tokenizer: Any, *, truncate: bool) -> Tokens:

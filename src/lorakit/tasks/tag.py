@@ -121,7 +121,7 @@ class Tag(Task):
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Tag":
         """With the tags of the training rows, every type with every prefix."""
-        return cls(completed(data.train.known), base.max_length)
+        return cls(completed(data.train.core.known), base.max_length)
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> "Tag":

@@ -72,8 +72,8 @@ class Task(ABC):
     @classmethod
     def refuse_other(cls, rows: Part) -> None:
         """DataError if the rows are not of the form that the task takes."""
-        if not isinstance(rows, cls.part):
-            raise DataError(f"task '{cls.name}' takes {cls.part.__name__}, and these are {type(rows).__name__}")
+        if not isinstance(rows.core, cls.part):
+            raise DataError(f"task '{cls.name}' takes {cls.part.__name__}, and these are {type(rows.core).__name__}")
 
     @classmethod
     @abstractmethod
