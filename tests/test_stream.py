@@ -369,3 +369,13 @@ def test_a_streamed_run_killed_and_resumed_ends_as_one_in_memory(tmp_path, bases
         for name in ("whole", "killed")
     )
     assert one == two
+
+
+def test_a_task_whose_examples_are_no_tokens_is_refused_with_numbers(streamed, monkeypatch):
+    task, rows, tokenizer = streamed
+    monkeypatch.setattr(type(task), "examples", lambda *given, **named: object())
+    told = rf"{len(rows)} rows would take about 0 MiB of memory, where 0 MiB may be taken, and task 'classify' cannot"
+    with pytest.raises(
+        DataError, match=told + " leave them in their file; give it fewer rows, or load them with a larger"
+    ):
+        tokenised(task, rows, tokenizer, truncate=False)

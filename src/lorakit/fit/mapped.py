@@ -218,4 +218,6 @@ def _tensor(file: Path, kind: torch.dtype, n: int) -> Tensor:
     """A file as a tensor `(n,)`, of which what is read is in memory as long as there is room."""
     if file.stat().st_size != n * kind.itemsize:
         raise ValueError(f"'{file}' is cut short")
-    return torch.from_file(str(file), shared=False, size=n, dtype=kind) if n else torch.empty(0, dtype=kind)
+    if not n:
+        return torch.empty(0, dtype=kind)
+    return torch.from_file(str(file), shared=True, size=n, dtype=kind)  # a private map must fit in memory
