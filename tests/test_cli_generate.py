@@ -77,10 +77,11 @@ def test_evaluate_inspect_plan_and_merge(place, capsys, tmp_path):
     assert code == 0
     found = json.loads(out)
     assert found["metrics"].keys() == {"loss", "perplexity", "token_accuracy"}
-    assert found["loss_interval"][0] < found["metrics"]["loss"] < found["loss_interval"][1]
+    low, high = found["intervals"]["loss"]
+    assert low < found["metrics"]["loss"] < high
     assert (found["n_rows"], found["n_tokens"]) == (240, 960)
     code, out, _ = told(capsys, "evaluate", place / "run", place / "data.jsonl")
-    assert "nats a token (95 % interval" in out
+    assert "(95 % interval" in out and "240 rows, 960 tokens of answers" in out
     code, out, _ = told(capsys, "inspect", place / "run", "--base", place / "base")
     assert "model.layers.0.self_attn.q_proj" in out
     code, out, _ = told(capsys, "plan", place / "base", "--task", "generate", "--layers", "attention")

@@ -13,10 +13,11 @@ import transformers as tf
 import lorakit as lk
 from lorakit.data import Dialogues, Splits, Turn, load_dialogues, load_rows, load_splits
 from lorakit.errors import DataError, LorakitError, UsageError
+from lorakit.tasks.answers import mean_interval
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.causal import has_plain_logits, own_logits
 from lorakit.tasks.decode import continued
-from lorakit.tasks.generate import Generate, mean_interval
+from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import TASKS
 from lorakit.trunk import Trunk
 from tiny_chat import CHATML, causal, chat_table, tiny_causal, tokenizer
@@ -347,3 +348,30 @@ def test_real_instruction_data_is_read_and_learned_from(name):
     base = Base(causal("llama", 1024), tokenizer(), "tiny", "last", 1024)
     result = lk.fit(base, few, "generate", **BRIEF)
     assert result.summary["rows"] == {"train": 8, "valid": 8, "test": 8}
+
+
+def test_evaluate_measures_what_is_written_where_it_is_asked_to(place, data, run):
+    pytest.importorskip("sacrebleu", reason="without the extra translate")
+    pytest.importorskip("rouge_score", reason="without the extra translate")
+    from sacrebleu.metrics import BLEU
+
+    rows = Dialogues(
+        (*data.test.turns, (*data.test.turns[0][:-1], Turn("assistant", "food then food"))),
+        "twice",
+        (*data.test.lines, 999),
+    )
+    asked = {
+        turns[:-1]: [other[-1].content for other in rows.turns if other[:-1] == turns[:-1]] for turns in rows.turns
+    }
+    found = lk.evaluate(place / "run", rows, write=True)
+    plain = lk.evaluate(place / "run", rows)
+    assert plain.n_texts == 0 and plain.metrics.items() <= found.metrics.items()
+    assert (found.n_rows, found.n_texts) == (27, len(asked))
+    firsts = Dialogues(tuple(asked), "asked", tuple(range(1, len(asked) + 1)))
+    written = [one.answer for one in lk.predict(place / "run", firsts, max_new_tokens=24)]
+    most = max(map(len, asked.values()))
+    streams = [[known[k] if k < len(known) else None for known in asked.values()] for k in range(most)]
+    assert found.metrics["bleu"] == pytest.approx(BLEU().corpus_score(written, streams).score)
+    assert found.intervals["bleu"][0] <= found.metrics["bleu"] <= found.intervals["bleu"][1]
+    assert {"chrf", "rouge1", "rouge2", "rouge_l"} <= found.metrics.keys()
+    assert "ended by itself" in str(found) and "ended by itself" not in str(plain)

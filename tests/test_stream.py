@@ -52,6 +52,8 @@ def rows_of(task):
     asked = tiny_chat.pairs(N)
     if task == "prefer":
         return [{"prompt": a, "chosen": b, "rejected": f"{b} again"} for a, b in asked]
+    if task == "complete":
+        return [{"text": f"{a} {b}"} for a, b in asked]
     first, second = ("prompt", "completion") if task == "generate" else ("source", "target")
     return [{first: a, second: b} for a, b in asked]
 
@@ -87,7 +89,12 @@ def bases(tmp_path_factory):
     tiny_text.tiny_bert(folder / "bert")
     tiny_chat.tiny_causal(folder / "llama")
     tiny_seq2seq.tiny_seq2seq(folder / "t5")
-    names = {"generate": ("llama", "causal"), "prefer": ("llama", "causal"), "translate": ("t5", "seq2seq")}
+    names = {
+        "generate": ("llama", "causal"),
+        "complete": ("llama", "causal"),
+        "prefer": ("llama", "causal"),
+        "translate": ("t5", "seq2seq"),
+    }
 
     def base(task):
         name, head = names.get(task, ("bert", "none"))
@@ -114,6 +121,7 @@ CASES += [
     ("tag", "a.jsonl"),
     ("regress", "a.csv"),
     ("prefer", "a.jsonl"),
+    ("complete", "a.jsonl"),
 ]
 
 

@@ -6,8 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lorakit.data import Dialogues, Turn
 from lorakit.errors import DataError, LorakitError, UsageError
-from lorakit.tasks.generate import cut
-from lorakit.tasks.template import Template, Text, chosen_template
+from lorakit.tasks.template import Template, Text, chosen_template, cut
 from tiny_chat import CHATML, VOCABULARY, tokenizer
 
 LLAMA = (  # as Llama 2: no generation prompt, refuses a system turn, ends by end-of-text

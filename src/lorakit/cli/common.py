@@ -10,6 +10,7 @@ from typing import Any
 TASK_WORDS = {
     "classify": "one label for each text",
     "generate": "a written answer to each prompt",
+    "complete": "raw text or code, learned token by token and written on",
     "recommend": "items for each user, by what users had",
     "tag": "one tag for each word",
     "answer": "the answer to a question, found in a text",

@@ -1,14 +1,15 @@
 """Train an adapter on your rows, keep the best by the validation rows, prove it on the test rows.
 
 DATA is a CSV, TSV, JSON Lines, JSON (all four also gzip-ed) or Parquet file, a directory with train/valid/test files, a
-Hugging Face dataset directory, or demo:support; what each task reads, and in which shapes, is in docs/tasks. Parts that
-are not given are split off the training rows. The run directory gets plan.toml, adapter/ (which PEFT reads too),
-records.jsonl, curve.png and summary.json.
+Hugging Face dataset directory, or demo:support; for --task complete also a text file or a folder of text and code. What
+each task reads, and in which shapes, is in docs/tasks. Parts that are not given are split off the training rows. The
+run directory gets plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png and summary.json.
 
 Started by torchrun, several processes share the work of every step and end as one would.
 
 example: lorakit fit minilm demo:support --out runs/demo
          lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
+         lorakit fit Qwen/Qwen2.5-0.5B stories.txt --task complete --out runs/stories
          lorakit fit new:64 ratings.csv --task recommend --out runs/base --batch-size 1024
          lorakit fit google-t5/t5-small news.csv --task translate --source-prefix "summarize: " --out runs/short
          torchrun --nproc-per-node 2 -m lorakit fit minilm demo:support --out runs/two
@@ -69,6 +70,8 @@ _CHOICES: dict[str, dict[str, Any]] = {  # each task says which of them it knows
     "label-smoothing": {"type": float, "help": "prefer: share of pairs that may be the wrong way round (default 0)"},
     "variant": {"help": "prefer: sigmoid (default: DPO) or ipo"},
     "temperature": {"type": float, "help": "embed: what similarities are divided by (default 0.05)"},
+    "window": {"type": int, "help": "complete: tokens of a window, in which longer texts are cut (default 1024)"},
+    "overlap": {"type": int, "help": "complete: tokens of the window before that each one sees again (default 0)"},
     "symmetric": {"action": "store_true", "default": None, "help": "embed: each positive is to find its query too"},
 }
 

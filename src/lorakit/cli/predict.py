@@ -10,11 +10,14 @@ from lorakit.cli import Reply
 from lorakit.cli.common import bar, columns_for, data_arguments, flags_for, say
 
 _OPTIONS = {
-    "max-new-tokens": (int, "generate, prefer, translate: most tokens of an answer (default 256)"),
+    "max-new-tokens": (int, "generate, complete, prefer, translate: most new tokens (default 256)"),
     "beams": (int, "translate: beams of the search, 1 (default) for none"),
-    "temperature": (float, "generate, prefer: 0 (default) for the most probable answer, above it one is drawn"),
+    "temperature": (
+        float,
+        "generate, complete, prefer: 0 (default) for the most probable answer, above it one is drawn",
+    ),
     "k": (int, "recommend: most items for each user (default 10)"),
-    "seed": (int, "generate, prefer: of what is drawn (default 0)"),
+    "seed": (int, "generate, complete, prefer: of what is drawn (default 0)"),
     "threshold": (float, "labels: least probability of a label (default: as chosen in training)"),
 }
 

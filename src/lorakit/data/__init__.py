@@ -1,6 +1,7 @@
 """Data: rows of every task from files, and batches of them. Every fault of a file is named with its row."""
 
 from lorakit.data.dialogues import Dialogues, Turn, load_dialogues
+from lorakit.data.documents import Documents, load_documents
 from lorakit.data.label_sets import LabelSets, load_label_sets
 from lorakit.data.questions import Questions, load_questions
 from lorakit.data.rated import Rated, load_rated
@@ -11,6 +12,7 @@ from lorakit.data.translations import Translations, load_translations
 
 __all__ = [
     "Dialogues",
+    "Documents",
     "LabelSets",
     "Part",
     "Questions",
@@ -21,6 +23,7 @@ __all__ = [
     "Translations",
     "Turn",
     "load_dialogues",
+    "load_documents",
     "load_label_sets",
     "load_questions",
     "load_rated",

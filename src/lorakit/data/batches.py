@@ -5,10 +5,10 @@ Batch of its own; the loop knows no more of them than stands here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor
@@ -77,9 +77,10 @@ class Tokens(Examples):
     `labels[i]` are the labels of text i and `reads[i]` the places in it (rising) whose hidden states answer them; empty
     `reads` means that all tokens are read together (pooled by their mean). `each` texts that follow each other make one
     example (a pair, a triple), which has a line of its own. `types`, where given, are the token types of every text
-    (BERT: first or second of two).
+    (BERT: first or second of two), `sizes` its bytes, where a metric counts them.
     """
 
+    PARTS = ("ids", "labels", "reads", "types", "sizes")  # of which the last two may be missing
     held: object = None  # what lives as long as they do: the lock of their files
 
     def __init__(
@@ -91,11 +92,24 @@ class Tokens(Examples):
         pad: int,
         types: Sequence[Sequence[int]] = (),
         each: int = 1,
+        sizes: Sequence[Sequence[int]] = (),
     ) -> None:
         self.ids, self.labels, self.reads = Ragged.of(ids), Ragged.of(labels), Ragged.of(reads)
-        self.types = Ragged.of(types) if len(types) else None
+        self.types, self.sizes = (Ragged.of(given) if len(given) else None for given in (types, sizes))
         self.lines = lines if isinstance(lines, memoryview) else tuple(lines)
         self.pad, self.each = pad, each
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Ragged], lines: Sequence[int], pad: int, each: int) -> Self:
+        """The inverse of `parts`."""
+        ids, labels, reads, types, sizes = (parts.get(name, ()) for name in cls.PARTS)
+        return cls(ids, labels, reads, lines, pad, types, each, sizes)  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> dict[str, Ragged]:
+        """What there is of `PARTS`, by name."""
+        own = {name: getattr(self, name) for name in self.PARTS}
+        return {name: part for name, part in own.items() if part is not None}
 
     @cached_property
     def text_lengths(self) -> list[int]:

@@ -100,6 +100,10 @@ class Part(ABC):
         """Why it cannot be learned from and measured by these two, a `BadRow` where a row is why; empty if it can."""
         return []
 
+    def divided(self) -> Self:
+        """Itself; or its rows cut finer, where they are too few to split."""
+        return self
+
     def parted(self, draw: random.Random, valid: bool, test: bool) -> tuple[list[int], list[int], list[int]] | None:
         """Places of the rows to learn from, to choose by and to report on, where rows want a split of their own."""
         return None
@@ -290,6 +294,7 @@ def split(rows: P, seed: int = 0, valid: float = 0.1, test: float = 0.1) -> Spli
     Rows of a class with the same input stay together, so that no part knows an input of another; unless the class has
     fewer than ten different inputs. DataError where there are too few rows.
     """
+    rows = rows.divided()
     own = rows.parted(random.Random(seed), valid > 0, test > 0)
     if own is not None:
         return Splits(*rows.cut(*map(sorted, own)))  # type: ignore[arg-type]

@@ -203,14 +203,18 @@ def _parts(data: str | Path) -> dict[str, Any]:
         from lorakit.data.images import parts_of_archive
 
         return parts_of_archive(path)
+    from lorakit.data.documents import CODE
+
     found: dict[str, Any] = {}
     for part, names in _PARTS.items():
         for candidate in names:
             files = [path / f"{candidate}{suffix}" for suffix in (*SUFFIXES, ".npz")] + [path / candidate]
             files += sorted(path.glob(f"{candidate}.*"))
-            hit = next((file for file in files if file.exists()), None)
+            hit = next((file for file in files if file.exists() and file.suffix not in CODE), None)
             if hit is not None:
                 found.setdefault(part, hit)
-    if found and "train" not in found:
+    if "train" not in found and all(place.is_dir() for place in found.values()):
+        return {}  # a folder of another making, in which something happens to be called so
+    if "train" not in found:
         raise DataError(f"'{path}' holds {', '.join(str(part) for part in found.values())} and no training part")
     return found

@@ -27,7 +27,6 @@ from lorakit.tasks.task import Task
 
 FOLDER = "streams"
 _MOST = 4 << 30  # bytes of those that nobody uses
-_FIELDS = ("ids", "labels", "reads", "types")
 _ABOUT = "about.json"
 _TRIES, _PAUSE_S = 100, 0.05
 _MORE = 1.05  # than the first chunk lets expect
@@ -147,12 +146,10 @@ def _make(task: Task, rows: Streamed, tokenizer: Any, truncate: bool, folder: Pa
             tokens = task.examples(part, tokenizer, truncate=truncate)
             assert isinstance(tokens, Tokens)
             lines.write(_bytes(torch.tensor(tokens.lines, dtype=torch.int64)))
-            for name in _FIELDS:
-                own: Ragged | None = getattr(tokens, name)
-                if own is not None:
-                    if name not in found:
-                        found[name] = _Rows(file(name), file(f"{name}_starts"))
-                    found[name].add(own)
+            for name, own in tokens.parts.items():
+                if name not in found:
+                    found[name] = _Rows(file(name), file(f"{name}_starts"))
+                found[name].add(own)
             if not done:
                 each = sum(field.n_bytes for field in found.values()) / len(part) + 8
                 _refuse_full(rows, int(_MORE * each * len(rows)), folder.parent)
@@ -207,9 +204,7 @@ def _read(folder: Path, like: Tokens, lock: _Lock) -> Tokens | None:
         os.utime(folder)
     except (LorakitError, OSError, KeyError, ValueError):
         return None
-    ids, labels, reads = (parts[name] for name in _FIELDS[:3])
-    numbers = memoryview(lines.numpy())  # type: ignore[arg-type]
-    found = type(like)(ids, labels, reads, numbers, like.pad, parts.get("types", ()), like.each)  # type: ignore[arg-type]
+    found = type(like).of(parts, memoryview(lines.numpy()), like.pad, like.each)  # type: ignore[arg-type]
     found.held = lock
     return found
 

@@ -26,7 +26,6 @@ from lorakit.tasks.task import Task
 
 _WORTH_S = 2.0  # what is made in less is not kept
 _MOST = 4 << 30  # bytes of all that is kept
-_FIELDS = ("ids", "labels", "reads", "types")
 
 
 def tokenised(task: Task, rows: Part, tokenizer: Any, *, truncate: bool) -> Examples:
@@ -66,16 +65,13 @@ def _key(task: Task, rows: Part, tokenizer: Any, truncate: bool) -> str | None:
 
 def _write(file: Path, examples: Tokens) -> None:
     tensors = {"lines": torch.tensor(examples.lines), "rest": torch.tensor([examples.pad, examples.each])}
-    for name in _FIELDS:
-        part: Ragged | None = getattr(examples, name)
-        if part is not None:
-            tensors |= {name: part.values, f"{name}_starts": part.starts}
+    for name, part in examples.parts.items():
+        tensors |= {name: part.values, f"{name}_starts": part.starts}
     write_tensors(file, tensors)
 
 
 def _read(file: Path) -> Tokens:
     tensors = read_tensors(file)
-    parts = {n: Ragged(tensors[n], tensors[f"{n}_starts"]) for n in _FIELDS if n in tensors}
+    parts = {name: Ragged(tensors[name], tensors[f"{name}_starts"]) for name in Tokens.PARTS if name in tensors}
     pad, each = tensors["rest"].tolist()
-    ids, labels, reads = (parts[name] for name in _FIELDS[:3])
-    return Tokens(ids, labels, reads, tensors["lines"].tolist(), pad, parts.get("types", ()), each)  # type: ignore[arg-type]
+    return Tokens.of(parts, tensors["lines"].tolist(), pad, each)

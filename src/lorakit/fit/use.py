@@ -1,6 +1,6 @@
 """Using what a fit brought: predict and evaluate from a run or adapter directory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,11 @@ def open_run(path: str | Path) -> tuple[Adapter, Task]:
     return adapter, task_of(note)
 
 
+def opened_run(run: Run) -> tuple[Adapter, Task]:
+    """The run, opened if it is a path."""
+    return open_run(run) if isinstance(run, str | Path) else run
+
+
 def load_base_of(adapter: Adapter, name: str | None = None) -> Base:
     """The base that an adapter was made on, or the one of this name, as the adapter's task loads it."""
     place = name or adapter.base_name
@@ -60,9 +65,9 @@ Watch = Callable[[int, int], object]  # how many are done, of how many
 
 
 @contextmanager
-def _used(run: Run, base: Base | None, watch: Watch | None = None) -> Iterator[tuple[Task, Base, Scores]]:
+def used(run: Run, base: Base | None, watch: Watch | None = None) -> Iterator[tuple[Task, Base, Scores]]:
     """Within the block, the base has the adapter on; with it what gives the scores of texts."""
-    adapter, task = open_run(run) if isinstance(run, str | Path) else run
+    adapter, task = opened_run(run)
     own = base or task.load_base(adapter.base_name)
     had_head = hasattr(own.model, task.head)
     task.prepare(own.model)
@@ -100,14 +105,18 @@ def predict(
     """
     if not len(given):
         raise DataError("there is no text to predict")
-    opened = open_run(run) if isinstance(run, str | Path) else run
-    for name in options:
-        if name not in opened[1].options:
-            raise UsageError(f"task '{opened[1].name}' takes no option '{name}'{nearest(name, opened[1].options)}")
+    opened = opened_run(run)
+    _refuse_unknown(opened[1], options, opened[1].options)
     rows = given if isinstance(given, Part) else opened[1].asked(given)
     opened[1].refuse_other(rows)
-    with _used(opened, base, watch) as (task, own, scores):
+    with used(opened, base, watch) as (task, own, scores):
         return task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
+
+
+def _refuse_unknown(task: Task, options: Iterable[str], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise UsageError(f"task '{task.name}' takes no option '{name}'{nearest(name, known)}")
 
 
 def evaluate(
@@ -118,17 +127,20 @@ def evaluate(
     truncate: bool = False,
     skip_bad: int = 0,
     watch: Watch | None = None,
+    **options: Any,
 ) -> Evaluated:
     """Metrics of a run on rows with their right answers, a file of them, or what
-    `load_splits` takes as rows in memory. DataError for what it has not learned.
+    `load_splits` takes as rows in memory. DataError for what it has not learned. `options` are what the task `asks`;
+    `generate` takes write.
 
     Up to `skip_bad` rows that cannot be used are left out; `skipped` of the result says which.
     """
-    opened = open_run(run) if isinstance(run, str | Path) else run
+    opened = opened_run(run)
+    _refuse_unknown(opened[1], options, opened[1].asks)
     with skipping(skip_bad) as skipped:
         if not isinstance(rows, Part):
             rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
         opened[1].refuse_other(rows)
-        with _used(opened, base, watch) as (task, own, scores):
-            _, found = usable(rows, lambda rows: task.evaluate(rows, own, scores, truncate=truncate))
+        with used(opened, base, watch) as (task, own, scores):
+            _, found = usable(rows, lambda rows: task.evaluate(rows, own, scores, truncate=truncate, **options))
     return replace(found, skipped=skipped.bad) if skipped.bad else found  # type: ignore[type-var]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +10,64 @@ from torch import Tensor
 
 from lorakit.data.batches import Examples
 from lorakit.tasks.intervals import bootstrap
+from lorakit.tasks.overlap import overlap
+from lorakit.tasks.task import Measured
 
 _ASKED = 5  # held-out prompts that are tried after training
 _PATIENCE = 2, 16, 256  # tokens a tried answer gets: so many times the expected ones, and so many more; at most
+
+
+@dataclass(frozen=True)
+class Evaluation(Measured):
+    """Metrics over rows, and 95 % bootstrap `intervals` of some, over texts. `n_tokens` were to be written; `kind` says
+    what they are.
+
+    Where answers were written, there are `n_texts` of them, and the share `ended` ended by itself; `signature` is
+    sacrebleu's; `missing` tells which packages would measure more.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    n_rows: int
+    n_tokens: int
+    kind: str
+    n_texts: int = 0
+    ended: float = 0.0
+    signature: str = ""
+    missing: str = ""
+
+    @classmethod
+    def of(cls, metrics: dict[str, float], sums: Tensor, n_rows: int, kind: str) -> "Evaluation":
+        """Of what is learned, by the `sums_of_texts`."""
+        return cls(metrics, {"loss": mean_interval(sums)}, n_rows, int(sums[:, 1].sum()), kind)
+
+    def beside(
+        self, answers: Sequence[str], stopped: Sequence[bool], references: Sequence[Sequence[str]]
+    ) -> "Evaluation":
+        """The same with how near answers that were written are to their references; did they end by themselves?"""
+        near = overlap(answers, references)
+        return replace(
+            self,
+            metrics=self.metrics | near.values,
+            intervals=self.intervals | near.intervals,
+            n_texts=len(answers),
+            ended=sum(stopped) / len(answers),
+            signature=near.signature,
+            missing=near.missing,
+        )
+
+    def __str__(self) -> str:
+        lines, texts = [], ""
+        for name, value in self.metrics.items():
+            low, high = self.intervals.get(name, (0.0, 0.0))
+            between = f"   (95 % interval {low:.3f} to {high:.3f})" if name in self.intervals else ""
+            lines.append(f"{name.replace('_', ' '):<15} {value:.3f}{between}")
+        if self.n_texts:
+            lines.append(f"{'ended by itself':<15} {self.ended:.1%} of {self.n_texts} answers")
+            texts = f"{self.n_texts} texts, "
+        lines.append(f"{'measured on':<15} {self.n_rows} rows, {texts}{self.n_tokens} {self.kind}")
+        lines += [f"{word:<15} {text}" for word, text in (("BLEU", self.signature), ("note", self.missing)) if text]
+        return "\n".join(lines)
 
 
 def sums_of_texts(each: Tensor, owners: Tensor, n_texts: int) -> Tensor:

@@ -4,7 +4,7 @@ Each by its well-kept library, an extra; without it the values are missing, and 
 may have several references.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,15 @@ class Overlap:
     intervals: dict[str, Interval] = field(default_factory=dict)
     signature: str = ""
     missing: str = ""
+
+
+def references(asked: Sequence[Hashable], answers: Sequence[str]) -> tuple[list[int], list[list[str]]]:
+    """Of each different question the place where it is first asked, and all different answers to it."""
+    places: dict[Hashable, list[int]] = {}
+    for i, question in enumerate(asked):
+        places.setdefault(question, []).append(i)
+    known = [list(dict.fromkeys(answers[i] for i in own)) for own in places.values()]
+    return [own[0] for own in places.values()], known
 
 
 def overlap(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Overlap:

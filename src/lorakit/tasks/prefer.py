@@ -31,10 +31,10 @@ from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import has_plain_logits, head_of, losses
-from lorakit.tasks.generate import Generate, Generation, cut
+from lorakit.tasks.generate import Generate, Generation
 from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
-from lorakit.tasks.template import Template, Text
+from lorakit.tasks.template import Template, Text, cut
 
 
 class Pairs(Tokens):

@@ -55,6 +55,7 @@ class Task(ABC):
     wishes: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of the base: names of arguments of `load_base`
     columns: ClassVar[tuple[str, ...]]  # what a caller may name of a table: names of arguments of `read`
     options: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `predict`
+    asks: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `evaluate`
     choices: ClassVar[tuple[str, ...]] = ()  # what a caller may set for `fit`: fields of the task, kept in its note
     peft_task: ClassVar[str] = ""  # PEFT's task_type
     try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with

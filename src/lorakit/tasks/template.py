@@ -28,6 +28,7 @@ from lorakit.data.faults import refuse_rows
 from lorakit.errors import DataError, LorakitError, UsageError
 
 CHOICES = ("auto", "plain")
+SHARE = 4  # a cut text keeps at least a quarter of its room for what was asked
 X = TypeVar("X")
 Y = TypeVar("Y")
 
@@ -66,7 +67,7 @@ class Template:
     def texts(self, data: Dialogues) -> list[list[Text]]:
         """The texts of each dialogue: mostly one. DataError names every row that the template cannot write."""
         if not self.chat:
-            self._eos  # noqa: B018  # without it no answer could ever end
+            self.eos  # noqa: B018  # without it no answer could ever end
         pieces = _each(data, data.turns, self._pieces)
         ids = iter(self._ids(piece.text for texts in pieces for text in texts for piece in text))
         filled = [[[(piece, next(ids)) for piece in text] for text in texts] for texts in pieces]
@@ -136,7 +137,7 @@ class Template:
         return list(self.tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]) if given else []
 
     def _text(self, pieces: Sequence[tuple[Piece, list[int]]]) -> Text:
-        ids: list[int] = [] if self.chat else list(self._begin)
+        ids: list[int] = [] if self.chat else list(self.begin)
         learned: list[int] = []
         begin = 0
         for number, (piece, own) in enumerate(pieces, 1):
@@ -149,7 +150,7 @@ class Template:
                 ids += own[:length] if last else own
                 learned += range(begin, begin + length)
             else:
-                ids += [*own, self._eos] if last or not self.chat else own
+                ids += [*own, self.eos] if last or not self.chat else own
                 learned += range(begin, len(ids))
         return Text(tuple(ids), tuple(learned), begin)
 
@@ -159,14 +160,15 @@ class Template:
         return next((place + 1 for place in places if self.tokenizer.decode([ids[place]]).strip()), 0)
 
     @cached_property
-    def _begin(self) -> tuple[int, ...]:
+    def begin(self) -> tuple[int, ...]:
         """[bos], where the tokenizer puts it before texts by itself."""
         bos = self.tokenizer.bos_token_id
         around = self.tokenizer("")["input_ids"]
         return (bos,) if bos is not None and list(around[:1]) == [bos] else ()
 
     @cached_property
-    def _eos(self) -> int:
+    def eos(self) -> int:
+        """The end-of-text token. LorakitError if there is none."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise LorakitError(
@@ -174,6 +176,23 @@ class Template:
                 "eos_token in its tokenizer_config.json"
             )
         return int(eos)
+
+
+def cut(text: Text, max_length: int, bos: int | None = None) -> Text:
+    """The text in at most `max_length` tokens: without the beginning of what stands before its last answer.
+
+    That part keeps at least a quarter of the room, or all it has; beyond it the answer loses its end. A leading `bos`
+    stays. A token whose predecessor was cut away is not learned.
+    """
+    if len(text.ids) <= max_length:
+        return text
+    room = max(max_length - (len(text.ids) - text.answer), min(text.answer, max(1, max_length // SHARE)))
+    room = min(room, text.answer)
+    kept = text.ids[:1] if text.ids[0] == bos and room > 1 else ()
+    begin, end = text.answer - room + len(kept), text.answer + max_length - room
+    moved = len(kept) - begin
+    learned = tuple(place + moved for place in text.learned if begin < place < end)
+    return Text(kept + text.ids[begin:end], learned, text.answer + moved)
 
 
 def _plain_pieces(turns: Turns) -> list[Piece]:

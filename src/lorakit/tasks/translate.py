@@ -16,20 +16,13 @@ from lorakit.data.faults import refuse_rows
 from lorakit.data.rows import Splits
 from lorakit.data.translations import Translations, load_translations, make_translations
 from lorakit.errors import DataError, UsageError
-from lorakit.tasks.answers import (
-    few_short,
-    mean_interval,
-    no_scores,
-    room_for,
-    sums_of_texts,
-    token_metrics,
-    told_endings,
-)
+from lorakit.tasks.answers import Evaluation, few_short, no_scores, room_for, sums_of_texts, told_endings
 from lorakit.tasks.base import Base
 from lorakit.tasks.decode import rewritten
-from lorakit.tasks.overlap import overlap
+from lorakit.tasks.overlap import references
 from lorakit.tasks.seq2seq import each_loss, head_of, logit_scale, summed_loss
-from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
+from lorakit.tasks.task import TASKS, Scores, refuse_long
+from lorakit.tasks.writing import Writing
 from lorakit.trunk import PairTrunk
 
 Ids = tuple[int, ...]
@@ -48,44 +41,13 @@ class Translation:
         return self.target
 
 
-@dataclass(frozen=True)
-class Evaluation(Measured):
-    """Metrics over rows, and 95 % bootstrap `intervals` of some: loss, bleu, rouge (over texts).
-
-    Rows with the same text are references of one answer for BLEU, chrF and ROUGE. `signature` is sacrebleu's; `missing`
-    tells which packages would measure more.
-    """
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    n_rows: int
-    n_texts: int
-    n_tokens: int
-    ended: float
-    signature: str
-    missing: str
-
-    def __str__(self) -> str:
-        lines = []
-        for name, value in self.metrics.items():
-            low, high = self.intervals.get(name, (0.0, 0.0))
-            between = f"   (95 % interval {low:.3f} to {high:.3f})" if name in self.intervals else ""
-            lines.append(f"{name.replace('_', ' '):<15} {value:.3f}{between}")
-        lines.append(f"{'ended by itself':<15} {self.ended:.1%} of {self.n_texts} answers")
-        lines.append(f"{'measured on':<15} {self.n_rows} rows, {self.n_texts} texts, {self.n_tokens} tokens of targets")
-        lines += [f"{word:<15} {text}" for word, text in (("BLEU", self.signature), ("note", self.missing)) if text]
-        return "\n".join(lines)
-
-
 @TASKS.add_class
 @dataclass(frozen=True)
-class Translate(Task):
+class Translate(Writing):
     """What stands in front of every source, the longest text, how the decoder begins and ends, and `logit_scale`."""
 
     name = "translate"
     part = Translations
-    metric = "loss"
-    drawn = "token_accuracy"
     output = "seq2seq"
     wishes = ("source_prefix",)
     columns = ("source", "target")
@@ -179,14 +141,6 @@ class Translate(Task):
         each = each_loss(model, hidden, batch.labels, self.scale)
         return sums_of_texts(each, batch.segments.owners()[batch.reads.cpu()] // 2, len(batch.segments) // 2)
 
-    def metrics(self, scores: Tensor, tokens: Tokens) -> dict[str, float]:
-        """Loss (nats for each token of a target, over all tokens), perplexity, share of tokens predicted right."""
-        return token_metrics(scores)
-
-    def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
-        """A lower loss."""
-        return old is None or new["loss"] < old["loss"]
-
     def predict(
         self,
         rows: Translations,
@@ -221,24 +175,11 @@ class Translate(Task):
         tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         assert rows.targets is not None
         sums = scores(tokens)
-        places: dict[str, list[int]] = {}
-        for i, text in enumerate(rows.texts):
-            places.setdefault(text, []).append(i)
-        some = rows.take([own[0] for own in places.values()])
+        firsts, known = references(rows.texts, rows.targets)
         most = room_for(max(len(labels) for labels in tokens.labels))
-        found = self.predict(some, base, scores, truncate=truncate, max_new_tokens=most)
-        references = [list(dict.fromkeys(rows.targets[i] for i in own)) for own in places.values()]
-        near = overlap([one.target for one in found], references)
-        return Evaluation(
-            {**self.metrics(sums, tokens), **near.values},
-            {"loss": mean_interval(sums), **near.intervals},
-            len(rows),
-            len(found),
-            int(sums[:, 1].sum()),
-            sum(one.stopped for one in found) / len(found),
-            near.signature,
-            near.missing,
-        )
+        found = self.predict(rows.take(firsts), base, scores, truncate=truncate, max_new_tokens=most)
+        told = Evaluation.of(self.metrics(sums, tokens), sums, len(rows), "tokens of targets")
+        return told.beside([one.target for one in found], [one.stopped for one in found], known)
 
     def tried(self, base: Base, rows: Translations) -> dict[str, Any]:
         """Translates a handful of held-out texts, of those with the shorter targets: do answers end by themselves?"""
