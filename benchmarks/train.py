@@ -41,7 +41,8 @@ class Side:
 
     def __init__(self, name: str, job: str, **more: Any) -> None:
         script, setting = SIDES[name]
-        env = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         setting = {"seed": 0, "job": job, **setting, **more}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", f"sides.{script}", json.dumps(setting)],
@@ -61,10 +62,18 @@ class Side:
         return self._ask({"threads": 2})
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        self.tell(command)
+        return self.answer()
+
+    def tell(self, command: dict[str, Any]) -> None:
+        """A command, whose answer is to be asked for."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """What the process has to say to the last command."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"a side died: {self.process.args}; SHOW=1 shows why")

@@ -1,26 +1,20 @@
 """Several processes on one run: they end as one does, and when one is killed the others say so and nothing is lost."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import lorakit as lk
+from lorakit.errors import UsageError
 from lorakit.fit.workers import Workers
+from several import begin, end, environment, free_port, losses, waited
 from tiny_chat import CHATML, chat_table, pairs, tiny_causal
 from tiny_text import small_task, table, tiny_bert
-
-FIT = ["-m", "lorakit", "fit", "base", "data.csv", "--epochs", "6", "--batch-size", "7", "--learning-rate", "0.003"]
-FIT += ["--dtype", "fp32", "--checkpoint-steps", "4", "--threads", "1"]
 
 place, _, _ = small_task(180)
 
@@ -45,35 +39,33 @@ def test_one_process_needs_nobody() -> None:
         assert alone.first
 
 
-def begin(place: Path, out: str, *more: str, size: int = 2, words: Sequence[str] = FIT) -> list[subprocess.Popen[str]]:
-    """The processes of a run, as torchrun would start them, but none is killed because another ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *words, "--out", out, *more],
-            cwd=place,
-            env={**os.environ, **shared, "RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(size)
-    ]
+def test_accelerate_that_starts_one_of_several_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert Workers.started().size == 1  # it was asked for one
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UsageError, match="say --multi_gpu in the place of --cpu"):
+        Workers.started()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    assert (Workers.started(shard=True).size, Workers.started().number) == (3, 2)
 
 
-def end(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
-    told = [process.communicate(timeout=240) for process in processes]
-    assert all(process.returncode == 0 for process in processes), told
-    return told
-
-
-def losses(run: Path) -> list[float]:
-    records: list[dict[str, Any]] = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records]
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["torch.distributed.run", "--nproc-per-node"], ["accelerate.commands.launch"]])
+def test_launchers_start_processes_that_share_the_work(words: list[str], place: Path) -> None:
+    if words[0].startswith("accelerate"):
+        words = [*words, "--multi_gpu", "--main_process_port", free_port(), "--num_processes"]
+    command = [sys.executable, "-m", *words, "2", "-m", "lorakit", "fit", "base", "data.csv", "--out", words[0]]
+    command += ["--max-steps", "3", "--threads", "1"]
+    told, again = (
+        subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=120)
+        for _ in range(2)
+    )
+    assert told.returncode == 0, told.stderr
+    assert "on 2 processes of 1 threads" in told.stdout
+    assert again.returncode == 1
+    last = [line for line in again.stderr.splitlines() if "traceback :" in line][-1]
+    assert f"lorakit: '{words[0]}' is not empty" in last
 
 
 @pytest.mark.slow
@@ -147,10 +139,3 @@ def test_two_processes_learn_to_prefer_as_one_does(tmp_path: Path) -> None:
     found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(found) == len(wanted) == 8
     assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4
-
-
-def waited(until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -4,10 +4,12 @@ Or only its matrix products (`floor`): what no training step of this base can be
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import lorakit as lk
@@ -16,6 +18,7 @@ from lorakit.attach.kernels.products import input_gradient, linear, pack
 from lorakit.data.batches import IGNORED, Tokens, training_batches
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
+from lorakit.fit.workers import Workers
 from lorakit.tasks.classify import Classify
 from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task
@@ -23,8 +26,9 @@ from lorakit.trunk import Trunk, lean, resolve_dtype
 from lorakit.trunk import trunk as trunk_module
 from lorakit.trunk.memory import keep_few_kernels
 from lorakit.trunk.packing import CannotPackError
+from lorakit.trunk.shards import Peers, frozen_bytes
 from sides.jobs import JOBS, SCALE, Row, base
-from sides.worker import Score, Steps, serve
+from sides.worker import Score, Steps, Told, serve
 
 keep_few_kernels()  # before anything is multiplied here, as in a fit
 
@@ -42,7 +46,7 @@ def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]
     return task, Tokens(ids, labels, ((),) * len(ids), lines, 0)
 
 
-def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score]:
+def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score, Told]:
     """The trainer of one job."""
     job = JOBS[setting["job"]]
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
@@ -57,7 +61,11 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         trained = (task.head,) if task.head else ()
         plan = lk.plan(model, rank=job["rank"], scale=SCALE, trained=trained, **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
-    trunk = Trunk(model, dtype=dtype, head=task.head, keep=False).__enter__()
+    workers = Timed(setting.get("processes", 1), setting.get("number", 0)).__enter__()
+    trunk = Trunk(model, dtype=dtype, head=task.head, keep=False)
+    if settings.shard:
+        trunk.share_out(Peers(workers.size, workers.number, workers.join))
+    trunk.__enter__()
     batches = training_batches(tokens, job["batch"], setting["seed"], 0, bool(trunk.why_padded))
     batches = [batch for batch in batches if len(batch) == job["batch"]]
     if setting.get("floor"):
@@ -65,11 +73,12 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     elif setting.get("frozen"):
         step = frozen(model, task, trunk, tokens)
     else:
-        step = learning(model, task, trunk, tokens, settings)
+        step = learning(model, task, trunk, tokens, settings, workers)
     at = 0
 
     def steps(n: int) -> tuple[int, list[float]]:
         nonlocal at
+        workers.spent.update(waiting=0.0, talking=0.0)
         done = [step(batches[(at + i) % len(batches)]) for i in range(n)]
         at += n
         return sum(tokens for tokens, _ in done), [loss for _, loss in done]
@@ -78,7 +87,25 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         held_out = job_of(setting["job"], test, model)[1]
         return task.metrics(scores_of(model, task, trunk, held_out, settings), held_out)
 
-    return steps, score
+    def told() -> dict[str, float]:
+        return {**workers.spent, "frozen": frozen_bytes(model, trunk.shards)}
+
+    return steps, score, told
+
+
+class Timed(Workers):
+    """Workers that say how long they wait for each other, and how long they talk."""
+
+    spent: ClassVar = {"waiting": 0.0, "talking": 0.0}
+
+    def _ask(self, what: Any, *given: Any) -> None:
+        if os.environ.get("WHERE"):
+            began = time.perf_counter()
+            dist.barrier()
+            self.spent["waiting"] += time.perf_counter() - began
+        began = time.perf_counter()
+        super()._ask(what, *given)
+        self.spent["talking"] += time.perf_counter() - began
 
 
 def less(without: set[str]) -> None:
@@ -100,10 +127,10 @@ def _cannot(model: nn.Module) -> Any:
 
 
 def learning(
-    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings
+    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings, workers: Workers
 ) -> Callable[[Sequence[int]], tuple[int, float]]:
     """One optimizer step."""
-    learner = Learner(model, task, trunk, settings)
+    learner = Learner(model, task, trunk, settings, workers)
     learner.keep_prefix({"train": tokens}, None)
 
     def step(indices: Sequence[int]) -> tuple[int, float]:

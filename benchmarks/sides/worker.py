@@ -14,6 +14,7 @@ from sides.jobs import Row, rows
 
 Steps = Callable[[int], tuple[int, list[float]]]  # number of steps -> real tokens, loss of every step
 Score = Callable[[], dict[str, float]]  # held-out metrics
+Told = Callable[[], dict[str, float]]  # what else there is to say of the steps
 
 
 def resident() -> int:
@@ -39,8 +40,11 @@ def warm_up() -> None:
         layer(torch.randn(64, 64, dtype=dtype)).sum().backward()
 
 
-def serve(make: Callable[[dict[str, Any], list[Row], list[Row]], tuple[Steps, Score]]) -> None:
-    """Reads commands from stdin, one JSON object a line; answers on stdout."""
+def serve(make: Callable[[dict[str, Any], list[Row], list[Row]], tuple[Any, ...]]) -> None:
+    """Reads commands from stdin, one JSON object a line; answers on stdout.
+
+    `make` gives Steps, Score and perhaps Told.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     setting = json.loads(sys.argv[1])
@@ -48,7 +52,7 @@ def serve(make: Callable[[dict[str, Any], list[Row], list[Row]], tuple[Steps, Sc
     data = rows(setting["job"])
     warm_up()
     before = resident()
-    steps, score = make(setting, *data)
+    steps, score, *more = make(setting, *data)
     for line in sys.stdin:
         command = json.loads(line)
         torch.set_num_threads(command["threads"])
@@ -63,5 +67,6 @@ def serve(make: Callable[[dict[str, Any], list[Row], list[Row]], tuple[Steps, Sc
             "tokens": n_tokens,
             "losses": losses,
             "peak": peak() - before,
+            **{name: value for told in more for name, value in told().items()},
         }
         print(json.dumps(answer), file=answers, flush=True)

@@ -19,10 +19,11 @@ from lorakit.attach.slots import Factors, Slot, WeightReader, slots_of, switch_o
 class Group:
     """Layers with one input, under one adapter. `now` are their factors as the products take them (see `refresh`)."""
 
-    def __init__(self, members: Sequence[tuple[nn.Module, Slot, Factors]], dtype: torch.dtype) -> None:
+    def __init__(self, members: Sequence[tuple[nn.Module, Slot, Factors]], dtype: torch.dtype, packs: bool) -> None:
         self.members = list(members)
         self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
-        self.packed = [pack(WeightReader(module, slot.parameter, slot.kind)()) for module, slot, _ in members]
+        readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
+        self.packed = [pack(reader()) if packs else None for reader in readers]
         self._x: tuple[Any, ...] = ()
         self._parts: list[Tensor | None] = []
         device = members[0][2].tensors()["a"].device
@@ -112,8 +113,13 @@ def inputs_recorded(model: nn.Module) -> Iterator[list[tuple[Slot, Tensor]]]:
         switch.inputs = None
 
 
-def make_groups(model: nn.Module, name: str, calls: Sequence[tuple[Slot, Tensor]], dtype: torch.dtype) -> Groups:
-    """Groups for the adapter `name` from recorded calls. What is not a plain trained pair stays by itself."""
+def make_groups(
+    model: nn.Module, name: str, calls: Sequence[tuple[Slot, Tensor]], dtype: torch.dtype, packs: bool = True
+) -> Groups:
+    """Groups for the adapter `name` from recorded calls. What is not a plain trained pair stays by itself.
+
+    With `packs` frozen weights are kept a second time, in oneDNN's order, where that helps.
+    """
     switch = switch_of(model)
     able: dict[int, tuple[nn.Module, Slot, Factors]] = {}
     for module, _, slot in slots_of(model, switch.names[name]):
@@ -133,7 +139,7 @@ def make_groups(model: nn.Module, name: str, calls: Sequence[tuple[Slot, Tensor]
         else:
             groups.append([able[id(slot)]])
         last = x
-    made = Groups([Group(members, dtype) for members in groups])
+    made = Groups([Group(members, dtype, packs) for members in groups])
     for group in made.groups:
         for _, slot, _ in group.members:
             slot.group = group

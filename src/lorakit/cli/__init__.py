@@ -10,7 +10,9 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -96,15 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("lorakit: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except LorakitError as error:
-        print(f"lorakit: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2 if isinstance(error, UsageError) else 130 if isinstance(error, StoppedError) else 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         asked = re.search(r"allocate (\d+) bytes", str(error))
         told = f": {int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else ""
-        print(f"lorakit: memory ran out{told}; free some, or take a smaller model or less at once", file=sys.stderr)
+        _complain(f"memory ran out{told}; free some, or take a smaller model or less at once")
         return 1
+
+
+def _complain(sentence: str) -> None:
+    """On stderr; and in the error file of torchrun, which shows it last, below much of its own."""
+    print(f"lorakit: {sentence}", file=sys.stderr)
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        more = {"py_callstack": f"lorakit: {sentence}", "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(place, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": sentence, "extraInfo": more}}, file)

@@ -5,7 +5,7 @@ Hugging Face dataset directory, or demo:support; for --task complete also a text
 each task reads, and in which shapes, is in docs/tasks. Parts that are not given are split off the training rows. The
 run directory gets plan.toml, adapter/ (which PEFT reads too), records.jsonl, curve.png and summary.json.
 
-Started by torchrun, several processes share the work of every step and end as one would.
+Started by torchrun or accelerate launch, several processes share the work of every step and end as one would.
 
 example: lorakit fit minilm demo:support --out runs/demo
          lorakit fit Qwen/Qwen2.5-0.5B-Instruct mine.jsonl --task generate --out runs/mine
@@ -99,6 +99,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, what) in _SETTINGS.items():
         words = [f"--{name}", *(["--lr"] if name == "learning-rate" else [])]
         group.add_argument(*words, type=kind, metavar=kind.__name__.upper(), help=what)
+    group.add_argument(
+        "--shard", action="store_true", help="each of several processes holds a part of the frozen blocks"
+    )
     group = parser.add_argument_group("settings of one task")
     for name, more in _CHOICES.items():
         group.add_argument(f"--{name}", **more)
@@ -112,12 +115,14 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.directory import claim
     from lorakit.fit.run import fit
     from lorakit.fit.settings import make_settings
+    from lorakit.fit.workers import Workers
     from lorakit.plan import Plan
     from lorakit.tasks.task import TASKS
 
     task = TASKS[args.task]
     settings = _settings(args, task)
-    make_settings({name: value for name, value in settings.items() if name not in task.choices})
+    chosen = make_settings({name: value for name, value in settings.items() if name not in task.choices})
+    Workers.started(chosen.shard)
     if not args.out:
         raise UsageError("--out is empty; name a directory for the run")
     if speaks():
@@ -170,8 +175,9 @@ def _settings(args: argparse.Namespace, task: Any) -> dict[str, Any]:
         value = getattr(args, name.replace("-", "_"))
         if value is not None:
             settings[name.replace("-", "_")] = value
-    if args.truncate:
-        settings["truncate"] = True
+    for name in ("truncate", "shard"):
+        if getattr(args, name):
+            settings[name] = True
     names = [name.replace("-", "_") for name in _CHOICES]
     return settings | flags_for(task, args, names, task.choices)
 
@@ -242,6 +248,7 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
             if "learning_rate" in settled
             else []
         ),
+        *([("sharded", f"each process holds {size(summary['sharded'])} of the base")] if summary["sharded"] else []),
         ("memory", f"peak {size(memory['peak_bytes'])}, estimated {size(memory['estimated_bytes'])}"),
         *(
             [("frozen prefix", summary["prefix"])]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
-from lorakit.data.batches import Batch, Batches, Examples, passes, plain_batches, training_batches
+from lorakit.data.batches import Batch, Batches, Examples, passes, training_batches
 from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
@@ -74,9 +74,10 @@ class Learner:
         own = self.workers.share(indices, [examples.lengths[i] for i in indices], bool(self.prefixes))
         self.flat.clear()
         parts = passes(examples, own, self.settings.most_tokens)
+        idle = idle_passes(self.workers, self.settings, examples, indices, len(parts))
         asked: Sequence[Tensor] = ()
         if self.task.coupled and (len(parts) > 1 or self.workers.size > 1):
-            total, asked = self._asked(examples, parts, n_labels)
+            total, asked = self._asked(examples, parts, n_labels, idle)
         for k, part in enumerate(parts):
             batch = examples.gather(part)
             if asked:
@@ -88,6 +89,8 @@ class Learner:
             n_tokens += batch.n_tokens
             if self.bound is not None:
                 self.bound.keep()
+        for part in idle:
+            (0 * self.loss(examples.gather(part), examples)).backward()  # type: ignore[no-untyped-call]
         seen = torch.tensor([total, n_tokens], dtype=torch.float64)
         self.workers.add(seen)
         self.workers.add(self.flat.gradients)
@@ -97,7 +100,7 @@ class Learner:
         return total, n_tokens
 
     def _asked(
-        self, examples: Examples, parts: Sequence[Sequence[int]], n_labels: int
+        self, examples: Examples, parts: Sequence[Sequence[int]], n_labels: int, idle: Sequence[Sequence[int]]
     ) -> tuple[float, Sequence[Tensor]]:
         """This process' part of a loss that looks at all examples of the step, and its gradient by the scores of every
         pass.
@@ -108,6 +111,8 @@ class Learner:
         batches = [examples.gather(part) for part in parts]
         with torch.no_grad():
             own = [(self._scores(batch, examples), batch.labels) for batch in batches]
+            for part in idle:
+                self._scores(examples.gather(part), examples)
         shares = self.workers.gather(own)
         scores, labels = (torch.cat([pair[k] for share in shares for pair in share]) for k in (0, 1))
         scores.requires_grad_()
@@ -142,8 +147,12 @@ class Learner:
     @torch.no_grad()
     def broken(self) -> str:
         """The first weight of the base that is not finite; "" if there is none."""
-        frozen = ((name, p) for name, p in self.model.named_parameters() if name not in self.flat.named)
-        return next((name for name, weight in frozen if not bool(torch.isfinite(weight).all())), "")
+        for name, weight in self.model.named_parameters():
+            for shards in self.trunk.shards:
+                shards.bring(weight)
+            if name not in self.flat.named and not bool(torch.isfinite(weight).all()):
+                return name
+        return ""
 
     @torch.no_grad()
     def _where(self, examples: Examples, indices: Sequence[int]) -> str:
@@ -192,6 +201,8 @@ class Learner:
         wish, depth = self.settings.prefix, self.trunk.depth
         if wish == "off" or depth == 0:
             return "off" if depth else f"off: {self.trunk.why_shallow}"
+        if self.settings.shard:
+            return "off: all processes run every block of a sharded base together"
         if self.settings.epochs == 1:
             return "off: every row is seen once"
         size = sum(self.trunk.prefix_size(examples.text_lengths) for examples in parts.values())
@@ -270,16 +281,35 @@ def scores_of(
     found: list[Tensor] = []
     order: list[int] = []
     own = workers.share(range(len(examples)), examples.lengths, prefix is not None)
-    for batch in plain_batches(examples, settings.most_tokens, own):
+    parts = passes(examples, own, settings.most_tokens)
+    idle = idle_passes(workers, settings, examples, range(len(examples)), len(parts))
+    for part in parts:
+        batch = examples.gather(part)
         found.append(task.scores(model, batch.hidden(trunk, prefix), batch).float().cpu())
         order.extend(batch.examples)
         if watch is not None:
             watch(len(order), len(own))
+    for part in idle:
+        batch = examples.gather(part)
+        task.scores(model, batch.hidden(trunk, prefix), batch)
     made = workers.gather((order, _stacked(found) if found else None))
     scores = _stacked([part for _, part in made if part is not None])
     result = torch.empty_like(scores)
     result[[i for share, _ in made for i in share]] = scores
     return result
+
+
+def idle_passes(
+    workers: Workers, settings: Settings, examples: Examples, indices: Sequence[int], n_own: int
+) -> list[list[int]]:
+    """Passes that this process runs for nothing, its `n_own` being fewer than another's: the shortest text of these.
+
+    A sharded base is run by all processes together, block by block.
+    """
+    if not settings.shard:
+        return []
+    shortest = min(indices, key=lambda i: examples.lengths[i])
+    return [[shortest]] * (workers.most(n_own) - n_own)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -38,6 +38,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure
 from lorakit.trunk import resolve_dtype
 from lorakit.trunk.memory import peak_resident
+from lorakit.trunk.shards import Peers, frozen_bytes
 
 Watch = Callable[[Record, int], None]
 
@@ -93,7 +94,7 @@ def fit(
     chosen = make_settings(settings)
     chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
     place = Path(out) if out is not None else None
-    workers = Workers.started()
+    workers = Workers.started(chosen.shard)
     if place is not None and workers.first:
         claim(place, resume, overwrite)
     began = time.perf_counter()
@@ -116,9 +117,14 @@ def fit(
             **named(goal),
         }
         trunk = goal.trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, keep=keep)
+        if chosen.shard:
+            trunk.share_out(Peers(workers.size, workers.number, workers.join))
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
             if place is not None and not resume and workers.first:
                 clear(place)
+            held = frozen_bytes(net, trunk.shards)
+            if chosen.shard and not any(shards.n_bytes for shards in trunk.shards):
+                raise UsageError(f"'{base.name}' has no stack of blocks to divide; leave shard off")
             parts = {name: goal.informed(net, examples, learner.scores) for name, examples in parts.items()}
             kept = learner.keep_prefix(parts, place)
             budget = Budget(learner, parts)
@@ -161,6 +167,7 @@ def fit(
         "memory": memory,
         "processes": workers.size,
         "skipped": counted(data.skipped),
+        "sharded": held if chosen.shard else 0,
         "notes": notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped),
         **tried,
     }

@@ -29,8 +29,9 @@ class Settings:
     `threads` 0 takes as many as a short trial finds fastest. `dtype` is what the frozen part is in while it trains:
     bf16, fp32, or auto (bf16 where the processor has it). `prefix` keeps what the blocks before the first that learns
     give for every text, over all epochs: in memory, in a file of the run directory, auto (memory, if it takes less than
-    a quarter of what is free), or off. `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch.
-    `skip_bad` is how many rows that cannot be used are left out, of all parts together, before the data is refused.
+    a quarter of what is free), or off. `shard` lets each of several processes hold only its part of the frozen blocks.
+    `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch. `skip_bad` is how many rows that cannot
+    be used are left out, of all parts together, before the data is refused.
     """
 
     epochs: int = 10
@@ -50,6 +51,7 @@ class Settings:
     threads: int = 0
     dtype: str = "auto"
     prefix: str = "auto"
+    shard: bool = False
     truncate: bool = False
     skip_bad: int = 0
 

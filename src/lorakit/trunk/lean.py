@@ -20,14 +20,17 @@ _CLOSE = 1e-5  # float32, numbers of size 1 to 10
 
 
 class Lean:
-    """The frozen layers of a model, run our way until `release`; all but those in its child `head`."""
+    """The frozen layers of a model, run our way until `release`; all but those in its child `head`.
 
-    def __init__(self, model: nn.Module, head: str = "") -> None:
+    With `packs` their weights are kept a second time, in oneDNN's order, where that helps.
+    """
+
+    def __init__(self, model: nn.Module, head: str = "", packs: bool = True) -> None:
         self._changed: list[nn.Module] = []
         for path, module in model.named_modules():
             if module._modules or "forward" in module.__dict__ or (head and path.split(".")[0] == head):
                 continue  # a container, adapted, or trained
-            run = _products_of(module) or _rows_of(module)
+            run = _products_of(module, packs) or _rows_of(module)
             if run is not None:
                 module.__dict__["forward"] = partial(_forward, module, run)
                 self._changed.append(module)
@@ -45,11 +48,11 @@ def _forward(module: nn.Module, run: Run, *args: Any, **kwargs: Any) -> Any:
     return run(args[0])
 
 
-def _products_of(module: nn.Module) -> Run | None:
+def _products_of(module: nn.Module, packs: bool) -> Run | None:
     kind = kind_of(module)
     if kind is None or not kind.fusable or not kind.plain(module):
         return None
-    packed = pack(kind.canonical(module, module.weight))  # type: ignore[arg-type]
+    packed = pack(kind.canonical(module, module.weight)) if packs else None  # type: ignore[arg-type]
     return partial(_product, module, kind, packed)
 
 

@@ -22,6 +22,7 @@ from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
 from lorakit.trunk.packing import CannotPackError, packed
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
+from lorakit.trunk.shards import Peers, Shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TRIAL = (7, 3)  # tokens of the two short texts that packing is proved on
@@ -85,6 +86,8 @@ class Trunk:
         self._blocks: Blocks | None = None
         self._offset = 0
         self._keep = keep
+        self._peers: Peers | None = None
+        self.shards: list[Shards] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> "Trunk":
@@ -94,15 +97,23 @@ class Trunk:
             self._begin_eval(stack)
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
+            self._begin_shards(stack)
             self._begin_groups(stack)
             for part in self._stacks:
-                stack.callback(Lean(part, self.head).release)
+                stack.callback(Lean(part, self.head, packs=self._peers is None).release)
             self._begin_blocks(stack)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def share_out(self, peers: Peers) -> None:
+        """Lets each of these processes keep a part of the frozen blocks (`shards`) while it is entered. Call it before.
+
+        Weights in oneDNN's order, which are a second copy, are then not made.
+        """
+        self._peers = peers
 
     def hidden(
         self,
@@ -233,6 +244,11 @@ class Trunk:
         if self._pixel_dtype in (torch.float32, torch.bfloat16, torch.float16):
             self._pixel_dtype = self.dtype
 
+    def _begin_shards(self, stack: ExitStack) -> None:
+        if self._peers is not None:
+            blocks = [block for part in self._stacks for block in stack_of(part)]
+            self.shards = [stack.enter_context(Shards(self.model, blocks, self._peers))]
+
     def _begin_packing(self, stack: ExitStack) -> None:
         """Packs the rows if packed equals padded on two short texts."""
         segments, ids = self._trial()
@@ -288,7 +304,7 @@ class Trunk:
         segments, ids = self._trial()
         with torch.no_grad(), inputs_recorded(self._home) as calls:
             self.hidden(ids, segments)
-        self.groups = make_groups(self._home, switch.active[0], calls, self.dtype)
+        self.groups = make_groups(self._home, switch.active[0], calls, self.dtype, packs=self._peers is None)
         stack.callback(self.groups.release)
 
     def _begin_blocks(self, stack: ExitStack) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments
+from lorakit.trunk.shards import Peers, Shards
 from lorakit.trunk.trunk import Trunk
 
 
@@ -44,8 +45,18 @@ class TextImageTrunk:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def share_out(self, peers: Peers) -> None:
+        """As with Trunk."""
+        self.text.share_out(peers)
+        self.image.share_out(peers)
+
+    @property
+    def shards(self) -> list[Shards]:
+        """Of both models."""
+        return self.text.shards + self.image.shards
 
     def both(
         self, ids: Tensor, segments: Segments, reads: Tensor | None, types: Tensor | None, pixels: Tensor
