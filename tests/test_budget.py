@@ -52,7 +52,7 @@ def test_a_line_goes_through_both_counts_and_never_falls():
 
 
 def with_free(monkeypatch, n_bytes):
-    monkeypatch.setattr(budget_module, "available_memory", lambda: n_bytes)
+    monkeypatch.setattr(budget_module, "available_memory", lambda *_: n_bytes)
 
 
 def lives(monkeypatch):
@@ -109,7 +109,7 @@ def test_a_limit_of_the_process_counts_as_what_is_free():
 def test_passes_that_do_not_fit_are_refused(base, data, monkeypatch):
     told = lk.fit(base, data, tokens_per_pass=512, **QUICK).summary["memory"]
     needed = told["estimated_bytes"] - told["start_bytes"]
-    monkeypatch.setattr(budget_module, "available_memory", lambda: needed - (1 << 20))
+    monkeypatch.setattr(budget_module, "available_memory", lambda *_: needed - (1 << 20))
     with pytest.raises(FitError, match=r"passes of 512 tokens need \d+ MiB, and \d+ MiB are free; leave --tokens-per"):
         lk.fit(base, data, tokens_per_pass=512, **QUICK)
 
@@ -147,7 +147,7 @@ from lorakit.tasks.base import Base, load_base
 from lorakit.fit import budget
 torch.set_num_threads(1)
 if int(sys.argv[2]):
-    budget.available_memory = lambda: int(sys.argv[2]) << 20
+    budget.available_memory = lambda *_: int(sys.argv[2]) << 20
 tokenizer = load_base(sys.argv[1]).tokenizer
 torch.manual_seed(0)
 model = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=4,

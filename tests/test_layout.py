@@ -16,6 +16,7 @@ ROOMS = {
     "_version": 0,
     "cache": 0,
     "linalg": 1,
+    "device": 1,
     "update": 2,
     "files": 2,
     "plan": 2,

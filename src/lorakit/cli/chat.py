@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli import Reply
+from lorakit.cli.common import device_argument
 
 _HELP = "/use NAME: another run answers ({names}; base: none of them)   /forget: begin anew   /quit"
 
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most probable answer, above: drawn")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Reply:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> Reply:
     base = task.load_base(args.base or adapter.base_name) if hasattr(task, "template") else None
     written: list[dict[str, Any]] = []
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    with Talk(opened, base, args.system) as talk:
+    with Talk(opened, base, args.system, args.device) as talk:
         if sys.stdin.isatty():
             say(_HELP.format(names=", ".join(talk.names)))
         for line in _lines(talk):

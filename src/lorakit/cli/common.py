@@ -53,6 +53,7 @@ BASE_HELP = (
     "width 64 that are trained from scratch"
 )
 SKIP_HELP = "most rows that cannot be used and are left out, of all parts together (default 0: none, they are refused)"
+DEVICE_HELP = "cpu, cuda (one GPU of several: cuda:1), or auto (default): a GPU, if there is one"
 FORMS = {  # what else is to know of a table; each task says the same way which it takes
     "labels": ("A,B,C", "labels: columns of 0 and 1, one for each label, instead of --label"),
     "delimiter": ("MARK", "labels: what stands between labels in one field (found if it is one of ; | ,)"),
@@ -137,6 +138,11 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="cut texts that are longer than the model takes (generate: the beginning of the prompt)",
     )
+
+
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a device; `fit` has it among its settings."""
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
 def flags_for(task: Any, args: argparse.Namespace, names: Iterable[str], known: Sequence[str]) -> dict[str, Any]:

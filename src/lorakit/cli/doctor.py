@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> Reply:
     import torch
 
     from lorakit.attach.kernels.native import reason
+    from lorakit.device import gpus, why_no_gpu
     from lorakit.fit.threads import processors
 
     found: dict[str, Any] = {
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> Reply:
         "usable_cores": processors(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": gpus(),
+        "no_gpu": "" if torch.cuda.is_available() else why_no_gpu().removeprefix("and "),
         "gflops": {name: _gflops(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
         "kernels": reason() or "compiled here",
         "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
@@ -84,6 +86,14 @@ def _gflops(dtype: Any, n: int = 768) -> float:
     return round(2 * n**3 / best / 1e9, 1)
 
 
+def _gpu(one: dict[str, Any]) -> str:
+    kernels = f"Triton {one['triton']}" if one["triton"] else "no Triton: torch's operations are used"
+    attention = "attention over packed texts" if one["varlen"] else "attention once for each length of texts"
+    return (
+        f"{one['name']}, {one['memory_gb']} GB, capability {one['capability']}, {one['dtype']}; {kernels}; {attention}"
+    )
+
+
 def _text(found: dict[str, Any]) -> str:
     speeds, gain = found["gflops"], found["bf16_speedup"]
     slow = "" if found["kernels"] == "compiled here" else "; torch's own are used, which train slower"
@@ -95,7 +105,8 @@ def _text(found: dict[str, Any]) -> str:
         f"memory      {found['memory_gb']} GB",
         f"precision   fp32 {speeds['fp32']} GFLOP/s, bf16 {speeds['bf16']} GFLOP/s: bf16 {verdict} here ({gain}x)",
         f"kernels     {found['kernels']}{slow}",
-        f"GPU         {', '.join(found['gpus']) or 'none'}",
+        *(f"GPU         {_gpu(one)}" for one in found["gpus"]),
+        *([f"GPU         none: {found['no_gpu']}"] if found["no_gpu"] else []),
     ]
     for extra, libraries in found["extras"].items():
         have = ", ".join(f"{name} {number}" for name, number in libraries.items() if number)

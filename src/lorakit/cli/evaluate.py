@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorakit.cli import Reply
-from lorakit.cli.common import SKIP_HELP, bar, columns_for, data_arguments, flags_for
+from lorakit.cli.common import SKIP_HELP, bar, columns_for, data_arguments, device_argument, flags_for
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run or adapter directory, or a merged model")
     parser.add_argument("data", nargs="?", help="file with texts and right answers, or demo:support_test")
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
+    device_argument(parser)
     parser.add_argument(
         "--write",
         action="store_true",
@@ -55,10 +56,11 @@ def run(args: argparse.Namespace) -> Reply:
     if args.harness:
         return _harness(args, opened)
     options = flags_for(task, args, ("write",), task.asks)
+    options |= {"truncate": args.truncate, "device": args.device}
     with skipping(args.skip_bad) as skipped:
         rows = task.read(args.data, **columns_for(task, args))
         base = task.load_base(args.base) if args.base else None
-        found = evaluate(opened, rows, base=base, truncate=args.truncate, watch=bar(len(rows), "row"), **options)
+        found = evaluate(opened, rows, base=base, watch=bar(len(rows), "row"), **options)
     text = "\n\n".join([str(found), *(f"note: {line}" for line in told(skipped.bad))])
     return Reply(text, {**asdict(found), "skipped": counted(skipped.bad)})  # type: ignore[call-overload]
 
@@ -68,5 +70,5 @@ def _harness(args: argparse.Namespace, opened: Any) -> Reply:
 
     base = opened[1].load_base(args.base) if args.base else None
     tasks = [name for name in args.harness.split(",") if name]
-    found = harness(opened, tasks, base=base, limit=args.limit, chat=args.harness_chat)
+    found = harness(opened, tasks, base=base, device=args.device, limit=args.limit, chat=args.harness_chat)
     return Reply(str(found), asdict(found))

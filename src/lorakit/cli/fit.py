@@ -25,6 +25,7 @@ from typing import Any
 from lorakit.cli import Reply
 from lorakit.cli.common import (
     BASE_HELP,
+    DEVICE_HELP,
     SKIP_HELP,
     TASK_HELP,
     columns_for,
@@ -61,6 +62,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "ema": (float, "decay of an average of the parameters to evaluate and keep, 0 for none"),
     "tokens-per-pass": (int, "most tokens at once: bounds memory, changes no result; 0 for what memory allows"),
     "threads": (int, "threads to train with; 0 for OMP_NUM_THREADS, or what a short trial finds fastest"),
+    "device": (str, DEVICE_HELP),
     "prefix": (str, "frozen blocks' states over the epochs: auto, memory, file, or off"),
     "dtype": (str, "of what is frozen: bf16, fp32, or auto"),
     "skip-bad": (int, SKIP_HELP),
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
     from lorakit.data.faults import skipping, told, usable
+    from lorakit.device import resolve_device
     from lorakit.errors import StoppedError, UsageError
     from lorakit.fit.directory import claim
     from lorakit.fit.run import fit
@@ -122,7 +125,8 @@ def run(args: argparse.Namespace) -> Reply:
     task = TASKS[args.task]
     settings = _settings(args, task)
     chosen = make_settings({name: value for name, value in settings.items() if name not in task.choices})
-    Workers.started(chosen.shard)
+    Workers.started(shard=chosen.shard)
+    resolve_device(chosen.device)  # what is not here is said before anything is read
     if not args.out:
         raise UsageError("--out is empty; name a directory for the run")
     if speaks():
@@ -241,7 +245,8 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
         (
             "training",
             f"{summary['steps']} steps in {summary['train_s']:.0f} s, {summary['tokens_per_s']:,} tokens/s on "
-            f"{processes}{summary['threads']} threads in {summary['dtype']}; {summary['total_s']:.0f} s in all",
+            f"{processes}{summary['gpu'] or str(summary['threads']) + ' threads'} in {summary['dtype']}; "
+            f"{summary['total_s']:.0f} s in all",
         ),
         *(
             [("learning rate", f"{settled['learning_rate']:g} {settled['notes']['learning_rate']['why']}")]

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import asdict
 
 from lorakit.cli import Reply
-from lorakit.cli.common import bar, columns_for, data_arguments, flags_for, say
+from lorakit.cli.common import bar, columns_for, data_arguments, device_argument, flags_for, say
 
 _OPTIONS = {
     "max-new-tokens": (int, "generate, complete, prefer, translate: most new tokens (default 256)"),
@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--say", action="append", default=[], metavar="TEXT", help="a text; repeat it for more")
     parser.add_argument("--say2", action="append", default=[], metavar="TEXT", help="its second text, for pairs")
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
+    device_argument(parser)
     data_arguments(parser)
     for name, (kind, what) in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=what)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> Reply:
     rows = task.read(args.data, answers=False, **columns) if args.data else task.asked(said)
     base = task.load_base(args.base) if args.base else None
     watch = bar(len(rows), "row") if args.data else None
-    found = predict(opened, rows, base=base, truncate=args.truncate, watch=watch, **options)
+    found = predict(opened, rows, base=base, truncate=args.truncate, device=args.device, watch=watch, **options)
     unfinished = sum(getattr(one, "stopped", None) is False for one in found)
     if unfinished:
         say(f"note: {unfinished} of {len(found)} answers were cut at their bound; --max-new-tokens N moves it")

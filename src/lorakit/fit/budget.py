@@ -27,6 +27,7 @@ from lorakit.trunk.memory import Bound, available_memory, forget_peak, give_back
 _ROOM = 1.45  # bytes taken for one that is alive: blocks of many sizes leave holes (1.3 to 1.7; benchmarks/memory.py)
 _BESIDE = 64 << 20  # kernels, code and weights that are read for the first time (16 to 58 MiB with MiniLM)
 _SHARE = 0.8  # of what is free; the rest is for others
+MOST_TOKENS = {"cpu": TOKENS_PER_PASS, "cuda": 4 * TOKENS_PER_PASS}  # of a pass, where memory is not short
 _FEW, _MANY = 384, 1024  # tokens of the two passes: logits come in chunks, which both should fill
 
 
@@ -87,6 +88,7 @@ class Budget:
     """
 
     def __init__(self, learner: Learner, parts: Mapping[str, Examples]) -> None:
+        self.device = learner.flat.values.device
         self.examples, self.padded = parts["train"], bool(learner.trunk.why_padded)
         self._steps = learner.batches(self.examples)
         self._others = [examples for name, examples in parts.items() if name != "train"]
@@ -96,8 +98,8 @@ class Budget:
         self.kept = _BESIDE + 3 * flat + average + prefixes  # AdamW's two, the best; what the average stands in for
         self.written = 4 * flat + average  # a checkpoint, as bytes
         self._measure(learner)
-        give_back()
-        self.resident, self.free = resident(), available_memory()
+        give_back(self.device)
+        self.resident, self.free = resident(self.device), available_memory(self.device)
 
     def _measure(self, learner: Learner) -> None:
         """Two passes of training and of evaluation. Of a copy of the rows: the learner keeps no prefix of these."""
@@ -112,7 +114,7 @@ class Budget:
             evaluated.append((n, _peak(partial(_evaluate, learner, batch))))
             self.training = Line.through(trained[0], trained[-1])
             self.evaluation = Line.through(evaluated[0], evaluated[-1])
-            self.free = available_memory()
+            self.free = available_memory(self.device)
             self._refuse_too_long()  # after the few too: the longest are not even tried
         learner.flat.clear()
 
@@ -135,7 +137,7 @@ class Budget:
 
     def tokens_per_pass(self) -> int:
         """The most tokens of a pass that leave a fifth of what is free to others; but room for the longest text."""
-        most, longest = TOKENS_PER_PASS, max(self.examples.lengths)
+        most, longest = MOST_TOKENS[self.device.type], max(self.examples.lengths)
         while most > longest and self.added(most) > _SHARE * self.free:
             most = max(longest, most * 3 // 4)
         return most
@@ -150,8 +152,9 @@ class Budget:
                 f"passes of {most:,} tokens need {needed}, and {free} are free; leave --tokens-per-pass open, lower "
                 "it, or free memory"
             )
-        learner.bound = Bound(peak, peak - self.resident)
-        forget_peak()
+        if self.device.type == "cpu":
+            learner.bound = Bound(peak, peak - self.resident)
+        forget_peak(self.device)
         return {
             "start_bytes": self.resident,
             "estimated_bytes": peak,

@@ -56,7 +56,13 @@ class Harness:
 
 
 def harness(
-    run: Run, tasks: Sequence[str], *, base: Base | None = None, limit: int | None = None, chat: bool = False
+    run: Run,
+    tasks: Sequence[str],
+    *,
+    base: Base | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    chat: bool = False,
 ) -> Harness:
     """Metrics of these tasks of lm-eval: names it knows, or paths of its YAML files.
 
@@ -77,7 +83,7 @@ def harness(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingExtraError("lm-eval", "harness") from None
-    with _quiet(), used(opened, base) as (_, own, _scores):
+    with _quiet(), used(opened, base, device) as (_, own, _scores):
         named = [name for name in tasks if not name.endswith(_FILES)]
         manager = TaskManager(include_defaults=bool(named) or any(_is_group(Path(name)) for name in tasks))
         for name in named:

@@ -110,12 +110,12 @@ class Learner:
         """
         batches = [examples.gather(part) for part in parts]
         with torch.no_grad():
-            own = [(self._scores(batch, examples), batch.labels) for batch in batches]
+            own = [(self._scores(batch, examples).cpu(), batch.labels) for batch in batches]
             for part in idle:
                 self._scores(examples.gather(part), examples)
         shares = self.workers.gather(own)
         scores, labels = (torch.cat([pair[k] for share in shares for pair in share]) for k in (0, 1))
-        scores.requires_grad_()
+        scores = scores.to(self.flat.values.device).requires_grad_()
         loss = self.task.coupled_loss(scores, labels) / n_labels
         (gradient,) = torch.autograd.grad(loss, scores)
         before = sum(len(found) for share in shares[: self.workers.number] for found, _ in share)
@@ -253,7 +253,7 @@ class Learner:
             for key, value in tensors.items():
                 name, _, number = key.partition(":")
                 if number == str(k):
-                    memory[name] = value.clone()
+                    memory[name] = value.to(flat.device, copy=True)
             self.optimizer.state[flat] = memory
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorakit._version import __version__
@@ -21,6 +20,7 @@ from lorakit.attach.kernels.native import reason
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Examples
 from lorakit.data.faults import counted, skipping, usable
+from lorakit.device import name_of, resolve_device
 from lorakit.errors import UsageError
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
@@ -36,7 +36,7 @@ from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
 from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure
-from lorakit.trunk import resolve_dtype
+from lorakit.trunk import place_of, placed, resolve_dtype
 from lorakit.trunk.memory import peak_resident
 from lorakit.trunk.shards import Peers, frozen_bytes
 
@@ -92,9 +92,10 @@ def fit(
     kind: type[Task] = TASKS[task]
     choices = {name: settings.pop(name) for name in kind.choices if name in settings}
     chosen = make_settings(settings)
-    chosen = replace(chosen, dtype=resolve_dtype(chosen.dtype, torch.device("cpu")))
+    where = resolve_device(chosen.device, *([place_of(model.model)] if isinstance(model, Base) else []))
+    chosen = replace(chosen, device=str(where), dtype=resolve_dtype(chosen.dtype, where))
     place = Path(out) if out is not None else None
-    workers = Workers.started(chosen.shard)
+    workers = Workers.started(where, shard=chosen.shard)
     if place is not None and workers.first:
         claim(place, resume, overwrite)
     began = time.perf_counter()
@@ -106,8 +107,9 @@ def fit(
             data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
         )
     net, keep = base.model, isinstance(model, Base) and not consume
+    moves = place_of(net) != where  # then what it was before waits there
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
-    with workers, _adapted(net, goal, plan, chosen.seed) as entries:
+    with placed(net, where, keep=keep), workers, _adapted(net, goal, plan, chosen.seed) as entries:
         identity = {
             "settings": chosen.values(),
             "plan": entries.toml(),
@@ -116,7 +118,7 @@ def fit(
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
         }
-        trunk = goal.trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, keep=keep)
+        trunk = goal.trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, keep=keep and not moves)
         if chosen.shard:
             trunk.share_out(Peers(workers.size, workers.number, workers.join))
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
@@ -147,7 +149,7 @@ def fit(
             learner.load(state.best_values)
             goal = learner.task = goal.calibrated(parts["valid"], learner.scores)
             metrics = learner.evaluate(parts["test"])
-            memory["peak_bytes"] = peak_resident()
+            memory["peak_bytes"] = peak_resident(where)
         tried = goal.tried(base, data.test.core) if workers.first else {}
         adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
     if goal.peft_task:
@@ -160,8 +162,10 @@ def fit(
         "test": metrics,
         "base_bytes": base_bytes,
         "dtype": trunk.precision,
+        "device": chosen.device,
+        "gpu": name_of(where),
         "padded": trunk.why_padded,
-        "uncompiled": reason(),
+        "uncompiled": reason() if where.type == "cpu" else "",
         "prefix": kept,
         "settled": settled,
         "memory": memory,

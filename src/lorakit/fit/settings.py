@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lorakit.device import is_device
 from lorakit.errors import UsageError, listed, nearest
 from lorakit.rules import plan as make_plan
 from lorakit.trunk import DTYPES
@@ -26,8 +27,9 @@ class Settings:
     first. `lora_plus` multiplies it for the factors b (Hayou et al., 2024, LoRA+). `clip` bounds the gradient's norm.
     `ema` above 0 evaluates and keeps an exponential mean of the parameters with that decay. `batch_size` texts make a
     step; it runs in passes of at most `tokens_per_pass` tokens, with the same result; 0 takes what memory allows.
-    `threads` 0 takes as many as a short trial finds fastest. `dtype` is what the frozen part is in while it trains:
-    bf16, fp32, or auto (bf16 where the processor has it). `prefix` keeps what the blocks before the first that learns
+    `threads` 0 takes as many as a short trial finds fastest. `device` is cpu, cuda (one GPU of several: cuda:1) or auto
+    (a GPU, if there is one). `dtype` is what the frozen part is in while it trains:
+    bf16, fp32, or auto (bf16 where the device has it). `prefix` keeps what the blocks before the first that learns
     give for every text, over all epochs: in memory, in a file of the run directory, auto (memory, if it takes less than
     a quarter of what is free), or off. `shard` lets each of several processes hold only its part of the frozen blocks.
     `checkpoint_steps` 0 means a checkpoint at every evaluation, once an epoch. `skip_bad` is how many rows that cannot
@@ -49,6 +51,7 @@ class Settings:
     checkpoint_steps: int = 0
     tokens_per_pass: int = 0
     threads: int = 0
+    device: str = "auto"
     dtype: str = "auto"
     prefix: str = "auto"
     shard: bool = False
@@ -63,6 +66,7 @@ class Settings:
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("tokens_per_pass", self.tokens_per_pass >= 0, "0 (by memory) or more"),
                 ("threads", 0 <= self.threads <= 1024, "0 (by a trial) to 1024"),
+                ("device", is_device(self.device), "auto, cpu, cuda, or one GPU: cuda:1"),
                 ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                 ("lora_plus", self.lora_plus > 0, "above 0"),
                 ("ema", 0 <= self.ema < 1, "0 (off) or more, below 1"),

@@ -1,29 +1,35 @@
 """A conversation with a language model and its adapters, which take turns on one base in memory."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lorakit.attach import activate, attach, detach
 from lorakit.data.dialogues import Dialogues, Turn
+from lorakit.device import resolve_device
 from lorakit.errors import UsageError, nearest
 from lorakit.fit.use import Run, open_run
 from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
+from lorakit.trunk import place_of, placed
 
 
 class Talk:
     """Says what a user says, hears what the model answers, and remembers both in `turns`.
 
     `runs` are fitted by `generate` on one base; the first begins. Inside `with`; leaving takes the adapters off.
+    `device` is that of `fit`.
 
     with Talk({"law": "runs/law", "code": "runs/code"}) as talk:
         print(talk.say("What is a tort?"))
         talk.use("code")
     """
 
-    def __init__(self, runs: Mapping[str, Run], base: Base | None = None, system: str = "") -> None:
+    def __init__(
+        self, runs: Mapping[str, Run], base: Base | None = None, system: str = "", device: str = "auto"
+    ) -> None:
         opened = {name: open_run(run) if isinstance(run, str | Path) else run for name, run in runs.items()}
         if not opened:
             raise UsageError("there is no run to talk to")
@@ -33,6 +39,7 @@ class Talk:
         self._runs = opened
         self._first = next(iter(opened))
         adapter, task = opened[self._first]
+        self._where = resolve_device(device, *([place_of(base.model)] if base else []))
         self._base = base or task.load_base(adapter.base_name)
         self._system = system
         self.turns: list[Turn] = []
@@ -41,6 +48,8 @@ class Talk:
 
     def __enter__(self) -> "Talk":
         attached: list[str] = []
+        there = ExitStack()
+        there.enter_context(placed(self._base.model, self._where))
         try:
             for name, (adapter, task) in self._runs.items():
                 task.prepare(self._base.model)
@@ -50,14 +59,16 @@ class Talk:
         except BaseException:
             for name in attached:
                 detach(self._base.model, name)
+            there.close()
             raise
-        self._attached = attached
+        self._attached, self._there = attached, there
         self.use(self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in self._attached:
             detach(self._base.model, name)
+        self._there.close()
 
     @property
     def names(self) -> list[str]:

@@ -53,6 +53,8 @@ def choose_threads(learner: Learner, examples: Examples) -> int:
     most = processors()
     if most == 1:
         return 1
+    if learner.flat.values.device.type != "cpu":
+        return now  # the work is not theirs
     usual = max(1, min(now, most // learner.workers.size))
     if learner.workers.size > 1:  # their passes wait for each other, so that each would time all
         return usual

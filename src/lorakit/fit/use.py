@@ -14,13 +14,14 @@ from lorakit.data.batches import Examples
 from lorakit.data.faults import skipping, usable
 from lorakit.data.memory import in_memory
 from lorakit.data.rows import Part
+from lorakit.device import resolve_device
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
 from lorakit.files import read_json, read_tensors
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import Evaluated, Scores, Task, task_of
-from lorakit.trunk import resolve_dtype
+from lorakit.trunk import place_of, placed, resolve_dtype
 
 TASK, HEAD_FILE = "lorakit_task.json", "lorakit_head.safetensors"  # beside a merged model
 
@@ -65,24 +66,28 @@ Watch = Callable[[int, int], object]  # how many are done, of how many
 
 
 @contextmanager
-def used(run: Run, base: Base | None, watch: Watch | None = None) -> Iterator[tuple[Task, Base, Scores]]:
-    """Within the block, the base has the adapter on; with it what gives the scores of texts."""
+def used(
+    run: Run, base: Base | None, device: str = "auto", watch: Watch | None = None
+) -> Iterator[tuple[Task, Base, Scores]]:
+    """Within the block, the base is on the device and has the adapter on; with it what gives the scores of texts."""
     adapter, task = opened_run(run)
+    where = resolve_device(device, *([place_of(base.model)] if base else []))
     own = base or task.load_base(adapter.base_name)
     had_head = hasattr(own.model, task.head)
     task.prepare(own.model)
 
     def scores(examples: Examples) -> torch.Tensor:
-        kind = resolve_dtype("auto", next(own.model.parameters()).device)
+        kind = resolve_dtype("auto", where)
         with task.trunk(own.model, dtype=kind, pad=examples.pad) as trunk:
             return scores_of(own.model, task, trunk, examples, Settings(), watch=watch)
 
     try:
-        attach(own.model, adapter, name="using")
-        try:
-            yield task, own, scores
-        finally:
-            detach(own.model, "using")
+        with placed(own.model, where, keep=base is not None):
+            attach(own.model, adapter, name="using")
+            try:
+                yield task, own, scores
+            finally:
+                detach(own.model, "using")
     finally:
         if task.head and not had_head:
             del own.model._modules[task.head]
@@ -94,14 +99,15 @@ def predict(
     *,
     base: Base | None = None,
     truncate: bool = False,
+    device: str = "auto",
     watch: Watch | None = None,
     **options: Any,
 ) -> list[Any]:
     """The answer to each text, in order, as the task gives it: a Prediction (classify), a Generation (generate) ...
 
     `given` are texts (or what else the task is asked: lists of messages, users ...), or rows that were read. `base`
-    saves loading the base again. `watch` is called with how many are done, and of how many. `options` are those of the
-    task; `generate` takes max_new_tokens, temperature and seed.
+    saves loading the base again; it is left as it was. `device` is that of `fit`. `watch` is called with how many are
+    done, and of how many. `options` are those of the task; `generate` takes max_new_tokens, temperature and seed.
     """
     if not len(given):
         raise DataError("there is no text to predict")
@@ -109,7 +115,7 @@ def predict(
     _refuse_unknown(opened[1], options, opened[1].options)
     rows = given if isinstance(given, Part) else opened[1].asked(given)
     opened[1].refuse_other(rows)
-    with used(opened, base, watch) as (task, own, scores):
+    with used(opened, base, device, watch) as (task, own, scores):
         return task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
 
 
@@ -125,13 +131,14 @@ def evaluate(
     *,
     base: Base | None = None,
     truncate: bool = False,
+    device: str = "auto",
     skip_bad: int = 0,
     watch: Watch | None = None,
     **options: Any,
 ) -> Evaluated:
     """Metrics of a run on rows with their right answers, a file of them, or what
-    `load_splits` takes as rows in memory. DataError for what it has not learned. `options` are what the task `asks`;
-    `generate` takes write.
+    `load_splits` takes as rows in memory; on the `device`, as with `fit`. DataError for what it has not learned.
+    `options` are what the task `asks`; `generate` takes write.
 
     Up to `skip_bad` rows that cannot be used are left out; `skipped` of the result says which.
     """
@@ -141,6 +148,6 @@ def evaluate(
         if not isinstance(rows, Part):
             rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
         opened[1].refuse_other(rows)
-        with used(opened, base, watch) as (task, own, scores):
+        with used(opened, base, device, watch) as (task, own, scores):
             _, found = usable(rows, lambda rows: task.evaluate(rows, own, scores, truncate=truncate, **options))
     return replace(found, skipped=skipped.bad) if skipped.bad else found  # type: ignore[type-var]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorakit.device import CPU, backend
 from lorakit.errors import FitError, UsageError
 
 _PATIENCE = timedelta(minutes=10)  # how long a process is waited for that neither ends nor answers
@@ -27,14 +28,15 @@ class Workers:
     Whatever they say raises FitError if one of them is gone.
     """
 
-    def __init__(self, size: int = 1, number: int = 0) -> None:
-        self.size, self.number = size, number
+    def __init__(self, size: int = 1, number: int = 0, device: torch.device = CPU) -> None:
+        self.size, self.number, self.device = size, number, device
         self.first = number == 0
         self._began = False
 
     @classmethod
-    def started(cls, shard: bool = False) -> "Workers":
-        """Those that torchrun has started, by itself or for accelerate; this one alone if it has not.
+    def started(cls, device: torch.device = CPU, *, shard: bool = False) -> "Workers":
+        """Those that torchrun has started, by itself or for accelerate, this one on `device`; this one alone if it has
+        not.
 
         UsageError if accelerate was asked for several and started one, and if one is to `shard` its base.
         """
@@ -49,11 +51,11 @@ class Workers:
                 "shard divides the base among several processes, and this run has one; start it by "
                 "torchrun --nproc-per-node N -m lorakit fit ..., or leave shard off"
             )
-        return cls(size, int(os.environ.get("RANK", "0")))
+        return cls(size, int(os.environ.get("RANK", "0")), device)
 
     def __enter__(self) -> "Workers":
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group(backend(self.device), timeout=_PATIENCE)
             self._began = True
         return self
 

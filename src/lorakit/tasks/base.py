@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.device import resolve_device
 from lorakit.errors import LorakitError, MissingExtraError, UsageError
 from lorakit.tasks.template import chosen_template
 
@@ -65,6 +66,7 @@ def load_base(
     template: str = "auto",
     max_length: int | None = None,
     source_prefix: str = "",
+    device: str = "cpu",
 ) -> Base:
     """Loads a base in float32. `name` is "minilm", a Transformers directory, or a name on the hub.
 
@@ -72,21 +74,25 @@ def load_base(
     encoder-decoder with it, "vision" for a bare trunk that takes images, or "both" for one of each, "TEXT+IMAGE"
     (tasks/image_text.py). `pool` ("mean", "cls", "last"; of images "own", "cls", "mean") and `template` ("auto": the
     base's own chat template if it has one; "plain") overrule its wishes; `source_prefix` stands in front of every
-    source ("summarize: ").
+    source ("summarize: "). `device` is where it waits; what uses it (`fit`, `predict` ...) moves it for as long as that
+    takes.
     """
+    where = resolve_device(device)
     if head not in HEADS:
         raise UsageError(f"unknown head '{head}'; use one of {', '.join(HEADS)}")
     if head == "both":
         from lorakit.tasks.image_text import load_both
 
-        return load_both(name)
+        found = load_both(name)
+        found.model.to(where)
+        return found
     transformers = _transformers()
     place, known_as = _resolve(name)
     previous = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
         if head == "vision":
-            return _load_vision(transformers, place, known_as, pool)
+            return _load_vision(transformers, place, known_as, pool, where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         _refuse_empty(tokenizer, name)
         config = transformers.AutoConfig.from_pretrained(place)
@@ -110,10 +116,10 @@ def load_base(
         raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
     longest = max_length or _longest(place, config, tokenizer)
     wishes = chosen_template(tokenizer, template), source_prefix
-    return Base(model.eval(), tokenizer, known_as, chosen, longest, *wishes)
+    return Base(model.eval().to(where), tokenizer, known_as, chosen, longest, *wishes)
 
 
-def _load_vision(transformers: Any, place: str, name: str, pool: str | None) -> Base:
+def _load_vision(transformers: Any, place: str, name: str, pool: str | None, where: torch.device) -> Base:
     """A trunk that takes images: of a model that reads texts too, its vision half."""
     from lorakit.tasks.vision import prepared
 
@@ -128,7 +134,7 @@ def _load_vision(transformers: Any, place: str, name: str, pool: str | None) -> 
     if any((Path(place) / file).is_file() for file in _PROCESSORS) or not os.path.isdir(place):
         processor = transformers.AutoImageProcessor.from_pretrained(place)
     model, lens, chosen = prepared(model, processor, pool)
-    return Base(model.eval(), lens, name, chosen, 0)
+    return Base(model.eval().to(where), lens, name, chosen, 0)
 
 
 def _refuse_empty(tokenizer: Any, name: str) -> None:

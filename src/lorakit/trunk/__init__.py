@@ -2,7 +2,8 @@
 
 from lorakit.trunk.direct import Direct
 from lorakit.trunk.pairs import PairTrunk
+from lorakit.trunk.place import place_of, placed
 from lorakit.trunk.segments import Segments
 from lorakit.trunk.trunk import DTYPES, Trunk, resolve_dtype
 
-__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "resolve_dtype"]
+__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "place_of", "placed", "resolve_dtype"]

@@ -14,7 +14,8 @@ class Direct(Trunk):
         self._width = width
 
     def __enter__(self) -> "Direct":
-        keep_freed_memory()
+        if self._device().type == "cpu":
+            keep_freed_memory()
         return self
 
     @property

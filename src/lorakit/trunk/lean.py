@@ -43,7 +43,13 @@ class Lean:
 
 def _forward(module: nn.Module, run: Run, *args: Any, **kwargs: Any) -> Any:
     learns = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in module._parameters.values())
-    if learns or len(args) != 1 or kwargs or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if (
+        learns
+        or len(args) != 1
+        or kwargs
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(args[0].device.type)
+    ):
         return type(module).forward(module, *args, **kwargs)
     return run(args[0])
 
@@ -82,7 +88,8 @@ def _rows_of(module: nn.Module) -> Run | None:
 def _same(module: nn.Module, run: Run, width: int) -> bool:
     """The module and our function answer alike."""
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 3
-    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    own = next(module.parameters(), x)
+    x, dtype = x.to(own.device), own.dtype
     try:
         mine = module(x.to(dtype))
     except Exception:  # whatever it is, it wants something else

@@ -1,10 +1,17 @@
-"""Memory of the machine and of the process: how much is free, how much is taken, what is kept for the next pass."""
+"""Memory of the machine and of the process: how much is free, how much is taken, what is kept for the next pass.
+
+On a GPU the numbers are those of torch's allocator there, which keeps freed memory by itself.
+"""
 
 import ctypes
 import os
 import platform
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+
+from lorakit.device import CPU
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
 _KEPT = 1 << 30
@@ -32,8 +39,11 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, _KERNELS)
 
 
-def give_back() -> None:
+def give_back(device: torch.device = CPU) -> None:
     """Gives the system all whole pages that are free; nothing where the C library is not glibc."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
     with suppress(OSError, AttributeError):
         _glibc().malloc_trim(0)
 
@@ -60,8 +70,10 @@ def _glibc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def resident() -> int:
+def resident(device: torch.device = CPU) -> int:
     """Bytes that the process has in memory; where the system does not tell, the most it has had."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     try:
         with open("/proc/self/statm", encoding="ascii") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -69,14 +81,19 @@ def resident() -> int:
         return peak_resident()
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device = CPU) -> None:
     """Begins `peak_resident` anew, where the system can (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
         stream.write("5")
 
 
-def peak_resident() -> int:
+def peak_resident(device: torch.device = CPU) -> int:
     """The most bytes that the process has had in memory; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration, ValueError), open("/proc/self/status", encoding="ascii") as stream:
         return int(next(line for line in stream if line.startswith("VmHWM")).split()[1]) * 1024
     with suppress(ImportError):
@@ -87,12 +104,16 @@ def peak_resident() -> int:
     return 0
 
 
-def available_memory() -> int:
+def available_memory(device: torch.device = CPU) -> int:
     """Bytes that could be taken now without pushing anything out, bounded by the control group of a container.
 
     This process' share of them, where torchrun has started several on this machine; no more than its own limit leaves
     (`ulimit -v`).
     """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        sharing = -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // torch.cuda.device_count())
+        return (torch.cuda.mem_get_info(device)[0] + held) // sharing
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as stream:
         found.append(int(next(line for line in stream if line.startswith("MemAvailable")).split()[1]) * 1024)

@@ -85,7 +85,7 @@ def attention(
         return query.transpose(1, 2), None  # nobody reads it
     if few is not None and few.caught is not None:
         q, k, v, scores = few.caught
-        y = segment_attention(q[:, few.rows], k, v, now.starts, scores, few.asking)
+        y = segment_attention(q[:, few.rows.to(q.device)], k, v, now.starts, scores, few.asking)
         return y.transpose(0, 1).unsqueeze(0), None
     b, _, n, d = query.shape
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -106,7 +106,8 @@ def attention(
     if few is not None:
         few.caught = q, k, v, scores
         raise CaughtError
-    y = segment_attention(q, k, v, now.starts * each, scores)
+    starts = now.starts if each == 1 else now.starts * each
+    y = segment_attention(q, k, v, starts, scores)
     return y.transpose(0, 1).reshape(b, n, *y.shape[::2]), None
 
 

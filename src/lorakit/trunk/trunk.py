@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.attach.groups import Groups, inputs_recorded, make_groups
 from lorakit.attach.slots import find_home, switch_of
+from lorakit.device import fast_dtype
 from lorakit.errors import UsageError, nearest
 from lorakit.trunk.blocks import Blocks, Call, stack_of
 from lorakit.trunk.lean import Lean
@@ -31,15 +32,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """ "auto" -> "bf16" where the processor multiplies it faster than fp32, else "fp32"."""
+    """ "auto" -> "bf16" where the device multiplies it faster than fp32, else "fp32"."""
     if name not in (*DTYPES, "auto"):
         raise UsageError(f"unknown dtype '{name}'{nearest(name, [*DTYPES, 'auto'])}")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return "bf16" if any(getattr(torch.cpu, check, bool)() for check in fast) else "fp32"
+    return fast_dtype(device) if name == "auto" else name
 
 
 class Trunk:
@@ -92,8 +88,9 @@ class Trunk:
 
     def __enter__(self) -> "Trunk":
         with ExitStack() as stack:
-            keep_freed_memory()
-            keep_few_kernels()
+            if self._device().type == "cpu":
+                keep_freed_memory()
+                keep_few_kernels()
             self._begin_eval(stack)
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)

@@ -10,8 +10,8 @@ again in the backward (nothing of its size is kept), which is less work once `n 
 rounding the sum would lose most of a small delta.
 
 Factors are masters, usually float32; they are cast to the dtype of `x`, or were already (`Ready`), and their gradients
-are cast back. On a CPU the rank is padded with zeros to a multiple of 16 (8 in half precision): narrower products run
-slower there.
+are cast back. The rank is padded with zeros to a multiple of 16 (8 in half precision on a CPU): narrower products run
+slower.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from lorakit.attach.kernels.products import Packed, input_gradient, linear
 from lorakit.attach.kernels.thin import Into, add_pairs, pair_gradients
 
 _PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
+_PAD_GPU = {torch.bfloat16: 16, torch.float16: 16}  # what matrix units take at once
 
 
 class Ready(NamedTuple):
@@ -53,7 +54,7 @@ class Layer(NamedTuple):
 
 def padded_rank(rank: int, device: torch.device, dtype: torch.dtype) -> int:
     """The rank as the products take it."""
-    return rank + -rank % _PAD.get(dtype, 1) if device.type == "cpu" else rank
+    return rank + -rank % (_PAD if device.type == "cpu" else _PAD_GPU).get(dtype, 1)
 
 
 def ready(pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Ready:

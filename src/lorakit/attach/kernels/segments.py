@@ -1,8 +1,8 @@
 """Attention inside segments: texts stand one after the other without padding, each attends to itself only.
 
 On a CPU one autograd function calls our C kernel once for all segments and heads (native/segments.c): float32 inside,
-whatever the dtype of q, k and v. Elsewhere, and where nothing could be compiled, torch's own attention runs once for
-each run of segments of one length.
+whatever the dtype of q, k and v. On a GPU flash attention takes them all at once where it can (varlen.py). Else, and
+where nothing could be compiled, torch's own attention runs once for each run of segments of one length.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.attach.kernels import varlen
 from lorakit.attach.kernels.native import library
 
 _KNOWN = (torch.float32, torch.bfloat16)
@@ -73,9 +74,9 @@ def segment_attention(
         y: Tensor = _Segments.apply(q, k, v, starts, scores, asking)  # type: ignore[no-untyped-call]
         return y
     if asking is None:
-        return _by_length(q, k, v, starts, starts, scores)
+        return _every_row(q, k, v, starts, starts, scores)
     if asking.places is None:
-        return _by_length(q, k, v, asking.starts, starts, scores)
+        return _every_row(q, k, v, asking.starts, starts, scores)
     return _some_rows(q, k, v, starts, scores, asking.starts, asking.places)
 
 
@@ -164,6 +165,13 @@ def _gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def _every_row(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, scores: Scores) -> Tensor:
+    """The same by what torch has for the device."""
+    if varlen.takes(q, v, scores.bias, scores.softcap):
+        return varlen.attend(q, k, v, q_starts, k_starts, scores.scale, scores.causal, scores.window)
+    return _by_length(q, k, v, q_starts, k_starts, scores)
+
+
 def _by_length(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, scores: Scores) -> Tensor:
     """The same with torch's attention, one call for each run of segments of one length."""
     lengths = zip(q_starts.diff().tolist(), k_starts.diff().tolist())
@@ -206,4 +214,4 @@ def _some_rows(
     """The same for some rows only: all rows ask, and those that were meant are kept."""
     rows = (places + torch.repeat_interleave(starts[:-1], q_starts.diff())).to(q.device)
     every = q.new_zeros(q.shape[0], k.shape[1], q.shape[2]).index_copy(1, rows, q)
-    return _by_length(every, k, v, starts, starts, scores)[:, rows]
+    return _every_row(every, k, v, starts, starts, scores)[:, rows]

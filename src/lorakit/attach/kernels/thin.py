@@ -1,7 +1,8 @@
 """The low-rank side of layers that read one input: products whose one side is the rank, all of a group at once.
 
 In bfloat16 by our C functions (native/thin.c) where the processor can: one pass over each matrix, while torch takes one
-for each product and first brings the wide side into another order. Else by torch, which is faster from rank 64 on.
+for each product and first brings the wide side into another order. Else by torch, which is faster from rank 64 on. On a
+GPU the backward is in Triton (triton_pairs.py), where it is installed.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lorakit.attach.kernels.native import library
 from lorakit.attach.kernels.products import linear
+from lorakit.device import has_triton
 
 Into = tuple[Tensor | None, Tensor | None]  # where gradients of a (rank, i) and b (o, rank) are added; None: not wanted
 _RANK, _WIDTH = 8, 32  # what the C functions divide ranks and widths by
@@ -106,6 +108,12 @@ def pair_gradients(
         backward = _functions()[1]  # type: ignore[index]
         _check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
         return
+    if has_triton(x.device):
+        from lorakit.attach.kernels import triton_pairs
+
+        if triton_pairs.takes(x, s, a, b, dys, dx):
+            triton_pairs.gradients(x, s, a, b, dys, into, scales, dx)
+            return
     ds = torch.empty_like(s)
     widths = [w.shape[0] for w in b]
     for dy, w, thin, part, (da, db), scale in zip(
