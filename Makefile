@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LEAN := .venv-lean
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CORES := -n auto --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
 .PHONY: quickstart test check-fast format lint types unit lean bench clean
@@ -46,7 +47,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest $(CORES)
 
 # the wheel, installed with hard dependencies only, used from the command line
 lean: $(VENV)/.dev
@@ -59,7 +60,7 @@ lean: $(VENV)/.dev
 check-fast: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/ruff check src tests benchmarks examples docs
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest $(CORES) -m "not slow"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix src tests benchmarks examples docs

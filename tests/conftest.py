@@ -11,7 +11,9 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: what it brings itself is made for one of both
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton, whose own functions are made for one of both
+    )
 # Times on shared cores say nothing, so no deadline; the same examples every run, so that a failure can be repeated.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("house")

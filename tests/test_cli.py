@@ -212,6 +212,7 @@ def test_bad_input_gets_one_sentence_and_the_right_exit_code(place, capsys, tmp_
     assert not list(tmp_path.glob(".*")), "something half-written was left"
 
 
+@pytest.mark.slow
 def test_an_unwritable_directory_and_a_full_disk_are_told(place, tmp_path):
     """A size limit on files stands in for a full disk: the same error comes from the same call."""
     script = (

@@ -54,6 +54,7 @@ def test_fit_tells_loss_before_and_after_and_whether_answers_end(place, capsys, 
     assert set(summary["example"]) == {"prompt", "answer", "expected"}
 
 
+@pytest.mark.slow
 def test_predict_writes_answers(place, capsys, tmp_path):
     code, out, err = told(capsys, "predict", place / "run", "--say", "sort rain and soup")
     assert (code, err) == (0, "")

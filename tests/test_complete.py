@@ -171,6 +171,7 @@ def test_the_interval_of_the_loss_is_that_of_resampled_documents(place):
     assert high - low == pytest.approx(float(spread), rel=0.6)  # of a quarter of the documents
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one(place):
     def stop(record, total):
         if record.kind == "step" and record.step == 20:

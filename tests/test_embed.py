@@ -192,6 +192,7 @@ def test_metrics_equal_a_plain_search(place, form):
     assert 0 < found["recall_at_1"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["labels.csv", "pairs.jsonl", "triples.jsonl"])
 def test_it_learns_what_belongs_together(place, name):
     words = {**QUICK, "epochs": 30, "patience": 30, "temperature": 0.1}

@@ -22,6 +22,7 @@ place, base, data = small_task(180)
 QUICK = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3}
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_the_base_as_it_was(base, data):
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     flags = {name: p.requires_grad for name, p in base.model.named_parameters()}
@@ -42,6 +43,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(base, dat
     assert lk.fit(base, data, **{**short, "seed": 1}).adapter != first.adapter
 
 
+@pytest.mark.slow
 def test_the_run_directory_has_everything_and_serves_predict_and_evaluate(place, base, data):
     out = place / "run"
     result = lk.fit(base, data, out=out, **QUICK)
@@ -63,6 +65,7 @@ def test_the_run_directory_has_everything_and_serves_predict_and_evaluate(place,
     assert sum(guesses[0].probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_gives_the_same_logits_in_peft(place, base, data):
     from peft import PeftModel
 
@@ -221,6 +224,7 @@ def test_a_plan_that_does_not_fit_says_every_fault(base, data):
         lk.fit(base, data, plan=plan, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_loss_that_rises_and_too_many_threads_are_noted(base, data):
     found = lk.fit(base, data, **{**QUICK, "epochs": 3, "learning_rate": 1.0}).summary["notes"]
     assert len(found) == 2

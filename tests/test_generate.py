@@ -213,6 +213,7 @@ def test_a_head_that_is_adapted_or_trained_learns_and_peft_agrees(place, data):
             assert float((theirs(input_ids=ids).logits - ours(input_ids=ids).logits).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one(place, data):
     settings = {**QUICK, "epochs": 3}
 

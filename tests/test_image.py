@@ -97,6 +97,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(place, data, name):
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected)) < 1e-4 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["vit", "resnet", "cnn"])
 def test_it_learns_and_leaves_the_base_as_it_was(place, data, name, dtype):
@@ -134,6 +135,7 @@ def test_half_precision_keeps_statistics_in_full(place, data):
     assert conv.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_passes_are_cut_by_patches_with_the_same_result(place, data):
     few, many = (
         lk.fit(base_of(place, "vit"), data, "image", **{**QUICK, "epochs": 2}, tokens_per_pass=n) for n in (40, 4096)
@@ -144,6 +146,7 @@ def test_passes_are_cut_by_patches_with_the_same_result(place, data):
         assert torch.allclose(a.factors["b"], b.factors["b"], atol=2e-3), path
 
 
+@pytest.mark.slow
 def test_the_run_directory_serves_predict_and_evaluate(place, data):
     out = place / "run"
     result = lk.fit(str(place / "vit"), str(place / "images"), "image", out=out, **QUICK)

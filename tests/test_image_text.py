@@ -82,6 +82,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(place, data, name):
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected)) < 1e-4 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_learns_from_both_halves_and_leaves_the_bases_as_they_were(place, data, dtype):
     base = bases(place)
@@ -93,6 +94,7 @@ def test_it_learns_from_both_halves_and_leaves_the_bases_as_they_were(place, dat
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
+@pytest.mark.slow
 def test_a_run_is_used_and_passes_change_nothing(place, data, tmp_path):
     brief = {**QUICK, "epochs": 2}
     result = lk.fit(bases(place), data, "image_text", out=tmp_path / "run", **brief)
@@ -111,6 +113,7 @@ def test_a_run_is_used_and_passes_change_nothing(place, data, tmp_path):
     assert any(path.startswith("image.") for path in adapter.layers)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(place, data, tmp_path):
     def kill(record, total):
         if record.kind == "step" and record.step == 22:

@@ -269,6 +269,7 @@ def test_predict_and_evaluate_a_run(place, base, data, run):
         lk.evaluate(place / "run", Rows(("a",), ("b",), "r", (1,)), base=base)
 
 
+@pytest.mark.slow
 def test_the_command_line_fits_merges_and_serves(place, tmp_path, capsys):
     rows = load_label_sets(place / "data.jsonl")
     lines = [f"{t},{int('food' in own)},{int('weather' in own)}" for t, own in zip(rows.texts, rows.labels)]

@@ -163,6 +163,7 @@ def test_answers_are_written_as_generate_writes_them(run, place):
     assert [one.text for one in lk.predict(place / "run", rows, max_new_tokens=2)] == list(rows.inputs)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_if_nothing_had_happened_and_not_with_another_beta(run, place, data):
     def stop(record, total):
         if record.kind == "step" and record.step == 20:

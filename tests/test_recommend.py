@@ -130,6 +130,7 @@ def test_steps_in_small_passes_have_the_gradient_of_one_pass():
     assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_makes_nothing_of_the_size_of_a_table_and_teaches_only_rows_that_occur():
     base, task, train, _ = tiny(n_users=40_000, n_items=3000, width=32)
     attach(base.model, task.plan(base.model, 2), seed=1)

@@ -109,6 +109,7 @@ def test_resuming_another_run_is_refused_in_words(base, data, stopped):
         weight.copy_(before)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_take_other_threads_and_passes_and_tells_what_was_lost(base, data, stopped):
     lines = (stopped / "records.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 19

@@ -148,6 +148,7 @@ def test_rows_and_tokens_are_those_in_memory(task, name, tmp_path, bases):
         assert list(tokens.lines) == list(mapped_ones.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "name"), [CASES[0], CASES[5], CASES[6], CASES[8]])
 def test_a_fit_is_the_same_to_the_bit(task, name, tmp_path, bases):
     file = written(rows_of(task), tmp_path / name)

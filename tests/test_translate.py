@@ -219,6 +219,7 @@ def test_the_run_by_the_command_line_says_how_answers_end(place: Path, run: dict
     assert (place / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_numbers(place: Path, data: Splits[Translations], tmp_path: Path) -> None:
     whole = lk.fit(str(place / "t5"), data, "translate", out=tmp_path / "whole", **BRIEF)
 
@@ -290,6 +291,7 @@ def test_what_a_base_says_may_be_written_is_kept() -> None:
     assert not set(forced[1:]) & set(plain)
 
 
+@pytest.mark.slow
 def test_evaluate_measures_what_is_written(
     place: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,6 +357,7 @@ def test_the_interval_of_bleu_is_that_of_resampled_corpora() -> None:
     assert found.intervals["bleu"] == pytest.approx(np.quantile(scores, [0.025, 0.975]).tolist())
 
 
+@pytest.mark.slow
 def test_predict_merge_and_inspect_by_the_command_line(
     place: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
