@@ -8,25 +8,26 @@ python benchmarks/full.py tag
 
 import statistics
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lorakit as lk
 from common import Bench
-from lorakit.data import Splits
-from lorakit.data.questions import load_questions
+from jobs import answer, complete, tag
+from lorakit.data import Splits, load_dialogues
 from lorakit.data.rows import split
-from lorakit.data.tagged import load_tagged
 from lorakit.plan import Plan
 from lorakit.tasks.base import Base, load_base
-from lorakit.tasks.task import TASKS
+from lorakit.tasks.task import TASKS, task_of
 from sides import digits
 from sides.jobs import DATA
 
 
 class Job(NamedTuple):
-    """What is trained on what, and how long; the metrics that are told, the first of which chooses."""
+    """What is trained on what, and how long; the metrics that are told, the first of which chooses.
+
+    With `write` answers are written too, and measured.
+    """
 
     task: str
     data: Callable[[], Splits[Any]]
@@ -37,53 +38,75 @@ class Job(NamedTuple):
     rank: int
     rates: tuple[float, ...]  # of LoRA
     full_rates: tuple[float, ...]
-
-
-def _snips() -> Splits[Any]:
-    return Splits(*(load_tagged(Path(DATA) / "snips" / name) for name in ("train", "valid", "test"))).checked()
-
-
-def _xquad() -> Splits[Any]:
-    return split(load_questions(Path(DATA) / "xquad" / "xquad.en.json.gz"), valid=0.1, test=0.25).checked()
+    choices: Mapping[str, Any] = {}
+    write: bool = False
 
 
 def _minilm() -> Base:
     return load_base("minilm")
 
 
+def _restaurants() -> Splits[Any]:
+    """Meaning representations, and a sentence for each; the same meaning is in one part only, as in the challenge."""
+    rows, test = (load_dialogues(DATA / "e2e_official" / f"{name}.csv.gz") for name in ("devset", "testset_w_refs"))
+    parts = split(rows, test=0.0)
+    return Splits(parts.train, parts.valid, test).checked()
+
+
 JOBS = {
-    "tag": Job("tag", _snips, _minilm, ("f1",), 3, 32, 8, (2e-3, 4e-3), (1e-4, 3e-4)),
-    "answer": Job("answer", _xquad, _minilm, ("f1", "exact"), 10, 8, 8, (1e-3, 3e-3), (1e-4, 3e-4)),
+    "tag": Job("tag", tag.splits, _minilm, ("f1",), 3, 32, 8, (2e-3, 4e-3), (1e-4, 3e-4)),
+    "answer": Job("answer", answer.splits, _minilm, ("f1", "exact"), 10, 8, 8, (1e-3, 3e-3), (1e-4, 3e-4)),
     "image": Job("image", digits.data, digits.vit, ("accuracy",), 30, 32, 1, (2e-3, 5e-3), (3e-4, 1e-3)),
-}
+    "complete": Job(
+        "complete", complete.splits, complete.stories_base, ("perplexity",), 4, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
+        complete.CHOICES,
+    ),
+    "generate": Job(
+        "generate", _restaurants, complete.stories_base, ("loss", "bleu"), 6, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
+        write=True,
+    ),
+}  # fmt: skip
 
 
-def trained(job: Job, whole: bool, rate: float, seed: int) -> Any:
-    """The result of one fit: of the whole base, or of LoRA on every matrix."""
-    base = job.base()
+class Run(NamedTuple):
+    """Held-out metrics, the first one on the validation rows, and the share of parameters that learn, in per cent."""
+
+    metrics: dict[str, float]
+    valid: float
+    share: float
+
+
+def trained(job: Job, whole: bool, rate: float, seed: int) -> Run:
+    """One fit: of the whole base, or of LoRA on every matrix."""
+    base, data = job.base(), job.data()
     plan = Plan({}, ("*",)) if whole else TASKS[job.task].plan(base.model, job.rank, scale=2.0)
     settings = {"epochs": job.epochs, "batch_size": job.batch, "learning_rate": rate, "seed": seed, "patience": 100}
-    return lk.fit(base, job.data(), job.task, plan=plan, consume=True, **settings)
+    found = lk.fit(base, data, job.task, plan=plan, **settings, **job.choices)
+    metrics = found.metrics
+    if job.write:
+        opened = found.adapter, task_of(found.adapter.meta["task"])
+        metrics = lk.evaluate(opened, data.test, base=base, write=True).metrics
+    share = 100 * found.summary["adapter_parameters"] / found.summary["base_parameters"]
+    return Run(metrics, found.summary["best_valid"][job.metrics[0]], share)
 
 
 def compare(bench: Bench, name: str) -> None:
     """One job."""
     job = JOBS[name]
-    found: dict[str, list[Any]] = {}
+    best_of = min if job.metrics[0] in ("loss", "perplexity") else max
+    found: dict[str, list[Run]] = {}
     for side, whole, rates in (("LoRA", False, job.rates), ("full fine-tuning", True, job.full_rates)):
         tried = {rate: trained(job, whole, rate, 0) for rate in (rates[:1] if bench.quick else rates)}
-        best = max(tried, key=lambda rate: tried[rate].summary["best_valid"][job.metrics[0]])
+        best = best_of(tried, key=lambda rate: tried[rate].valid)
         bench.fact(f"{name}, {side}: learning rate of {', '.join(map(str, tried))}", best)
         found[side] = [tried[best], *(trained(job, whole, best, seed) for seed in range(1, 1 if bench.quick else 3))]
         for metric in job.metrics:
-            values = [round(result.metrics[metric], 4) for result in found[side]]
+            values = [round(run.metrics[metric], 4) for run in found[side]]
             bench.fact(f"{name}, {side}: held-out {metric}", values)
     for metric in job.metrics:
-        gaps = [100 * (a.metrics[metric] - b.metrics[metric]) for a, b in zip(*found.values())]
-        bench.fact(f"{name}, {metric}: LoRA minus full, mean, points", round(statistics.mean(gaps), 2))
-    summary = found["LoRA"][0].summary
-    share = 100 * summary["adapter_parameters"] / summary["base_parameters"]
-    bench.fact(f"{name}, parameters that LoRA and the head learn, per cent of the base's", round(share, 2))
+        gaps = [a.metrics[metric] - b.metrics[metric] for a, b in zip(*found.values())]
+        bench.fact(f"{name}, {metric}: LoRA minus full, mean", round(statistics.mean(gaps), 4))
+    bench.fact(f"{name}, parameters that LoRA and the head learn, per cent", round(found["LoRA"][0].share, 2))
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
 A module in jobs/ has both sides: `ours(seed, steps)` and `peer(seed, steps)` train and give `metric` (held-out, higher
 is better), `seconds` (of the training steps alone) and `cpu` (processor seconds of them); `PEER` names the recipe,
-`METRIC` the metric, `STEPS` how many; where there is one, `full(seed, steps)` tunes all weights, told as a fact. Each
-side of each seed is a process of its own. Names of jobs select.
+`METRIC` the metric, `STEPS` how many. Each side of each seed is a process of its own. Names of jobs select.
 
 python benchmarks/tasks.py --quick
 """
@@ -50,10 +49,6 @@ def race(bench: Bench, job: str) -> None:
         bench.ratio(f"{job} vs {about.PEER} ({label})", ratios)
     for name, runs in found.items():
         bench.fact(f"{job}, {steps} steps, held-out {about.METRIC}, {name}", [round(run["metric"], 4) for run in runs])
-    if hasattr(about, "full"):
-        bench.fact(
-            f"{job}, held-out {about.METRIC}, all weights tuned", [round(side(job, "full", 0, steps)["metric"], 4)]
-        )
     gaps = [ours["metric"] - theirs["metric"] for ours, theirs in zip(found["ours"], found["peer"])]
     spread = round(statistics.stdev(gaps), 4) if len(gaps) > 1 else None
     bench.fact(f"{job}, {about.METRIC}: mean difference, and its spread", [round(statistics.mean(gaps), 4), spread])

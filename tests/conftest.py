@@ -11,9 +11,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports Triton, whose own functions are made for one of both
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own functions are of one kind
 # Times on shared cores say nothing, so no deadline; the same examples every run, so that a failure can be repeated.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("house")

@@ -21,12 +21,12 @@ _BATCH = 4
 
 def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
-    return fitted("answer", _splits(), seed, steps, _BATCH)
+    return fitted("answer", splits(), seed, steps, _BATCH)
 
 
 def peer(seed: int, steps: int) -> dict[str, float]:
     """peft."""
-    goal, train, test = prepared("answer", _splits())
+    goal, train, test = prepared("answer", splits())
     rows: list[dict[str, Any]] = []
     for k, ids in enumerate(train.ids):
         begin, end = (int(train.reads[k][int(label)]) for label in train.labels[k])
@@ -42,5 +42,6 @@ def peer(seed: int, steps: int) -> dict[str, float]:
     return {"metric": measured(goal, test, logits), **spent}
 
 
-def _splits() -> Splits[Questions]:
+def splits() -> Splits[Questions]:
+    """A quarter of the paragraphs is held out."""
     return split(load_questions(Path(DATA) / "xquad" / "xquad.en.json.gz"), valid=0.05, test=0.25).checked()

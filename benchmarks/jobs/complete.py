@@ -1,7 +1,4 @@
-"""complete: a model that writes stories (stories260K) goes on with Shakespeare; the last tenth of his text is held out.
-
-`full` tunes all weights by Trainer on the same windows: what low-rank factors are to be held against.
-"""
+"""complete: a model that writes stories (stories260K) goes on with Shakespeare. The last tenth of it is held out."""
 
 import math
 from collections.abc import Iterable
@@ -26,51 +23,37 @@ PEER = "peft, Trainer"
 METRIC = "perplexity, below 0"
 STEPS = 100
 
-_BATCH, _RANK, _RATE, _FULL_RATE, _WINDOW = 16, 8, 5e-3, 1e-3, 256
-_CHOICES = {"window": _WINDOW}
+_BATCH, _RANK, _RATE, _WINDOW = 16, 8, 5e-3, 256
+CHOICES = {"window": _WINDOW}
 
 
 def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
-    base, clock = _base(), StepClock(steps)
-
-    def watch(record: Any, _: int) -> None:
-        if record.kind == "step":
-            clock.step()
+    base, clock = stories_base(), StepClock(steps)
 
     settings = {"epochs": 9, "batch_size": _BATCH, "max_steps": steps, "learning_rate": _RATE, "seed": seed}
-    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads(), **_CHOICES}
+    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads(), **CHOICES}
     plan = lk.plan(base.model, _RANK, scale=SCALE)
-    result = lk.fit(base, _splits(), "complete", plan=plan, watch=watch, **settings)
+    result = lk.fit(base, splits(), "complete", plan=plan, watch=clock.watch, **settings)
     return {"metric": -result.metrics["perplexity"], **clock.spent()}
 
 
 def peer(seed: int, steps: int) -> dict[str, float]:
     """peft."""
-    base = _base()
+    base = stories_base()
     torch.manual_seed(seed)
     rank = {"r": _RANK, "lora_alpha": int(SCALE * _RANK), "lora_dropout": 0.0}
     model: Any = get_peft_model(
         base.model,  # type: ignore[arg-type]
         LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **rank),
     )
-    return _tuned(model, base, _RATE, seed, steps)
-
-
-def full(seed: int, steps: int) -> dict[str, float]:
-    """All weights."""
-    base = _base()
-    return _tuned(base.model, base, _FULL_RATE, seed, steps)
-
-
-def _tuned(model: Any, base: Base, rate: float, seed: int, steps: int) -> dict[str, float]:
-    clock, data = StepClock(steps), _splits()
-    goal = Complete.of(data, base).chosen(_CHOICES)
+    clock, data = StepClock(steps), splits()
+    goal = Complete.of(data, base).chosen(CHOICES)
     train, test = (goal.examples(rows, base.tokenizer, truncate=False) for rows in (data.train, data.test))
     rows = [{"input_ids": [*map(int, ids), int(labels[-1])]} for ids, labels in zip(train.ids, train.labels)]
     Trainer(
         model=model,
-        args=TrainingArguments(**arguments(_BATCH, steps, rate, seed)),
+        args=TrainingArguments(**arguments(_BATCH, steps, _RATE, seed)),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=DataCollatorForLanguageModeling(base.tokenizer, mlm=False),
         callbacks=[clock],
@@ -94,11 +77,13 @@ def _read(test: Tokens) -> Iterable[tuple[list[int], int, list[int]]]:
         yield [int(x) for x in ids], len(ids) - len(labels), [int(x) for x in labels]
 
 
-def _base() -> Base:
+def stories_base() -> Base:
+    """The base."""
     model, tokenizer = stories()
     return Base(model, tokenizer, "stories260K", "last", 512)
 
 
-def _splits() -> Splits[Documents]:
+def splits() -> Splits[Documents]:
+    """Stretches of his text."""
     parts = split(load_documents(DATA / "tiny_shakespeare" / "input.txt.gz"))
     return Splits(parts.train, parts.valid.take([0, 1]), parts.test)

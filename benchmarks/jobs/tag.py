@@ -20,12 +20,12 @@ _BATCH = 32
 
 def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
-    return fitted("tag", _splits(), seed, steps, _BATCH)
+    return fitted("tag", splits(), seed, steps, _BATCH)
 
 
 def peer(seed: int, steps: int) -> dict[str, float]:
     """peft."""
-    goal, train, test = prepared("tag", _splits())
+    goal, train, test = prepared("tag", splits())
     rows: list[dict[str, Any]] = []
     for ids, reads, own in zip(train.ids, train.reads, train.labels):
         labels = [IGNORED] * len(ids)
@@ -39,6 +39,7 @@ def peer(seed: int, steps: int) -> dict[str, float]:
     return {"metric": metric, **spent}
 
 
-def _splits() -> Splits[Tagged]:
+def splits() -> Splits[Tagged]:
+    """As they are given."""
     folder = Path(DATA) / "snips"
     return Splits(*(load_tagged(folder / name) for name in ("train", "valid", "test"))).checked()
