@@ -72,8 +72,8 @@ class Bench:
                 values.append(spent[theirs] / spent[ours])
             self.ratio(f"{name} ({label})", values)
 
-    def done(self) -> None:
-        """Prints the JSON object, and writes it where asked."""
+    def keep(self) -> dict[str, Any]:
+        """What is known so far; also in a file where asked, so that a long run is not lost."""
         result = {
             "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
@@ -86,6 +86,11 @@ class Bench:
             RESULTS.mkdir(exist_ok=True)
             name = Path(sys.argv[0]).stem
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
+
+    def done(self) -> None:
+        """Prints the JSON object, and writes it where asked."""
+        result = self.keep()
         if self.json:
             print(json.dumps(result))
 

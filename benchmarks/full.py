@@ -116,6 +116,7 @@ def main() -> None:
     bench = Bench(__doc__ or "")
     for name in wanted or JOBS:
         compare(bench, name)
+        bench.keep()
     bench.done()
 
 

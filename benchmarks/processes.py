@@ -121,6 +121,7 @@ def main() -> None:
     for job in os.environ.get("JOBS", ",".join(JOBS)).split(","):
         for dtype in DTYPES:
             race(bench, job, dtype, bench.rounds(9, 2))
+            bench.keep()
     bench.done()
 
 

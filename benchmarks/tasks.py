@@ -62,6 +62,7 @@ def main() -> None:
     bench = Bench(__doc__ or "")
     for job in wanted or known:
         race(bench, job)
+        bench.keep()
     bench.done()
 
 

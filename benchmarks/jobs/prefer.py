@@ -1,4 +1,4 @@
-"""prefer: restaurants described (E2E); of two descriptions the one that is of this restaurant. A Llama of 8 x 512.
+"""prefer: restaurants described (E2E); of two descriptions the one whose words stand in order. A Llama of 8 x 512.
 
 The peer is TRL's DPOTrainer: pip install trl datasets.
 """
@@ -106,13 +106,14 @@ def peer(seed: int, steps: int) -> dict[str, float]:
 
 
 def _rows(steps: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Each description with another restaurant's, shuffled by a fixed seed: as many as are seen, and some held out."""
-    rows = _references()
-    random.Random(0).shuffle(rows)
+    """Each description, and the same words in a drawn order: as many as are seen, and some held out."""
+    rows, draw = _references(), random.Random(0)
+    draw.shuffle(rows)
     found = []
-    for k, (meaning, reference) in enumerate(rows):
-        step = next(step for step in range(1, len(rows)) if rows[k - step][0] != meaning)
-        found.append({"prompt": meaning + "\n", "chosen": reference, "rejected": rows[k - step][1]})
+    for meaning, reference in rows:
+        words = reference.split()
+        draw.shuffle(words)
+        found.append({"prompt": meaning + "\n", "chosen": reference, "rejected": " ".join(words)})
     return found[_HELD_OUT : _HELD_OUT + steps * _BATCH], found[:_HELD_OUT]
 
 
