@@ -9,6 +9,14 @@ from typing import Any
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 OURS = "lorakit"
 OTHERS = ("linear", "attach", "merge", "truncate", "startup")
+TITLES = {
+    "quality": "Is it as good?",
+    "tasks": "Every task against its usual recipe",
+    "full": "Beside full fine-tuning",
+    "processes": "Two processes on one run",
+    "memory": "Memory told before the start",
+    "stream": "Rows that stay on disk",
+}
 
 HEAD = """# Benchmarks
 
@@ -127,7 +135,7 @@ def benchmarks_page() -> str:
     lines = [HEAD]
     lines += training(found["train"])
     lines += ladder(found["ladder"]) if "ladder" in found else []
-    for title, name in (("Is it as good?", "quality"), ("Memory told before the start", "memory")):
+    for name, title in TITLES.items():
         lines += listing(title, found[name], name) if name in found else []
     for name in OTHERS:
         lines += listing(f"{name}", found[name], name)
