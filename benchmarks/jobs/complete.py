@@ -32,7 +32,7 @@ def ours(seed: int, steps: int) -> dict[str, float]:
     base, clock = stories_base(), StepClock(steps)
 
     settings = {"epochs": 9, "batch_size": _BATCH, "max_steps": steps, "learning_rate": _RATE, "seed": seed}
-    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads(), **CHOICES}
+    settings |= {"schedule": "linear", "warmup": 0.0, "threads": torch.get_num_threads(), **CHOICES}
     plan = lk.plan(base.model, _RANK, scale=SCALE)
     result = lk.fit(base, splits(), "complete", plan=plan, watch=clock.watch, **settings)
     return {"metric": -result.metrics["perplexity"], **clock.spent()}

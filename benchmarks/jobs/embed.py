@@ -36,7 +36,7 @@ def ours(seed: int, steps: int) -> dict[str, float]:
         temperature=_TEMPERATURE,
         batch_size=_BATCH,
         learning_rate=_RATE,
-        schedule="constant",
+        schedule="linear",
         warmup=0.0,
         max_steps=steps,
         seed=seed,

@@ -33,7 +33,7 @@ def ours(seed: int, steps: int) -> dict[str, float]:
     """lorakit."""
     base, data, clock = both(load_base("minilm"), digits.vit()), _splits(), StepClock(steps)
     settings = {"epochs": 1000, "max_steps": steps, "batch_size": BATCH, "seed": seed, "learning_rate": _RATE}
-    settings |= {"schedule": "constant", "warmup": 0.0, "patience": 1000, "threads": torch.get_num_threads()}
+    settings |= {"schedule": "linear", "warmup": 0.0, "patience": 1000, "threads": torch.get_num_threads()}
     plan = ImageText.plan(base.model, RANK, scale=SCALE)
     result = lk.fit(base, data, "image_text", plan=plan, watch=clock.watch, **settings)
     return {"metric": result.metrics["accuracy"], **clock.spent()}

@@ -38,7 +38,7 @@ def ours(seed: int, steps: int) -> dict[str, float]:
     base, clock = _base(), StepClock(steps)
 
     settings = {"epochs": 1, "batch_size": _BATCH, "max_steps": steps, "learning_rate": _RATE, "seed": seed}
-    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads()}
+    settings |= {"schedule": "linear", "warmup": 0.0, "threads": torch.get_num_threads()}
     plan = lk.plan(base.model, _RANK, scale=SCALE)
     result = lk.fit(base, _splits(), "translate", plan=plan, watch=clock.watch, **settings)
     return {"metric": result.metrics["token_accuracy"], **clock.spent()}

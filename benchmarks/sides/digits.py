@@ -81,7 +81,7 @@ def ours(base: Base, seed: int, steps: int, rate: float) -> dict[str, float]:
     plan = Image.plan(base.model, RANK, scale=SCALE)
     epochs = -(-steps * BATCH // len(rows.train)) + 1
     own: dict[str, Any] = {
-        "schedule": "constant",
+        "schedule": "linear",
         "warmup": 0.0,
         "patience": epochs,
         "threads": torch.get_num_threads(),

@@ -1,6 +1,6 @@
 """Both sides of a task with a linear head on MiniLM's pooled vector: lorakit's fit, and peft with transformers.Trainer.
 
-The same rows, batches of 32 in random order, rank 8, scale 2, a constant learning rate, the same head.
+The same rows, batches of 32 in random order, rank 8, scale 2, a learning rate that falls to 0, the same head.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def fitted(task: str, data: Splits[Any], seed: int, steps: int) -> tuple[lk.Adap
     clock, base = StepClock(steps), load_base("minilm")
 
     settings = {"epochs": 1, "batch_size": BATCH, "max_steps": steps, "learning_rate": RATE, "seed": seed}
-    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads()}
+    settings |= {"schedule": "linear", "warmup": 0.0, "threads": torch.get_num_threads()}
     result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=clock.watch, **settings)
     return result.adapter, base, clock.spent()
 

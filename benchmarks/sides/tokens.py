@@ -1,7 +1,7 @@
 """Both sides of a task with a linear head on MiniLM's tokens: lorakit's fit, and peft with transformers.Trainer.
 
-The same examples in batches of random order, rank 8, scale 2, a constant learning rate. The peer is the usual one:
-Transformers' own model with such a head, dropout and all.
+The same examples in batches of random order, rank 8, scale 2, a learning rate that falls to 0. The peer is the usual
+one: Transformers' own model with such a head, dropout and all.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def fitted(task: str, data: Splits[Any], seed: int, steps: int, batch: int) -> d
     clock, base = StepClock(steps), load_base("minilm")
 
     settings = {"epochs": 1000, "batch_size": batch, "max_steps": steps, "learning_rate": RATE, "seed": seed}
-    settings |= {"schedule": "constant", "warmup": 0.0, "threads": torch.get_num_threads(), "patience": 1000}
+    settings |= {"schedule": "linear", "warmup": 0.0, "threads": torch.get_num_threads(), "patience": 1000}
     result = lk.fit(base, data, task, plan=lk.plan(base.model, RANK, scale=SCALE), watch=clock.watch, **settings)
     return {"metric": result.metrics["f1"], **clock.spent()}
 
