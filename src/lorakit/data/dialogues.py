@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorakit.data.faults import BadRow, leave_out
+from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
-from lorakit.data.tables import open_table
+from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
 PAIRS = (
@@ -128,18 +128,7 @@ def load_dialogues(
 
 
 def _read(source: str, rows: Any, read: Callable[[Mapping[str, Any]], Turns], header: bool = True) -> Dialogues:
-    turns: list[Turns] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
-    for line, row in rows:
-        try:
-            turns.append(read(row))
-            lines.append(line)
-        except DataError as error:
-            faults.append((line, str(error)))
-    leave_out(source, faults, left=len(turns))
-    if not turns:
-        raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
+    turns, lines = usable_rows(source, rows, read, header)
     return Dialogues(tuple(turns), source, tuple(lines))
 
 

@@ -11,16 +11,15 @@ White space is kept.
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.sources import column_of
-from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table, read_text
+from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table, read_text, usable_rows
 from lorakit.errors import DataError, listed
 
 NAMES = ("text", "content", "code")
@@ -132,20 +131,15 @@ def _of_table(source: str | Path | Memory, text: str | None) -> Documents:
     name = str(source)
     columns, table = open_table(source)
     column = column_of(name, columns, text, NAMES, "text")
-    texts: list[str] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
-    for line, row in table:
+
+    def document(row: Mapping[str, Any]) -> str:
         value = row.get(column)
         if not isinstance(value, str) or not value.strip() or "\x00" in value:
             why = "is empty" if not value else f"is {value!r:.40}; it must be text"
-            faults.append((line, f"column '{column}' {why}"))
-            continue
-        texts.append(value)
-        lines.append(line)
-    leave_out(name, faults, left=len(texts))
-    if not texts:
-        raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
+            raise DataError(f"column '{column}' {why}")
+        return value
+
+    texts, lines = usable_rows(name, table, document, bool(columns))
     return Documents(tuple(texts), name, tuple(lines))
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.faults import BadRow, leave_out
+from lorakit.data.faults import BadRow
 from lorakit.data.rows import Part
 from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, load_rows
-from lorakit.data.tables import open_table
+from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
 QUERIES = ("query", "anchor", "question")
@@ -166,18 +166,7 @@ def load_matches(
             f"{', '.join(QUERIES[:3])} ...); its columns are {', '.join(columns)}: name one with --query COLUMN"
         )
     names = [column for column in (first, found["positive"], found["negative"]) if column]
-    texts: list[tuple[str, ...]] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
-    for line, row in table:
-        try:
-            texts.append(_row(row, names))
-            lines.append(line)
-        except DataError as error:
-            faults.append((line, str(error)))
-    leave_out(name, faults, left=len(texts))
-    if not texts:
-        raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
+    texts, lines = usable_rows(name, table, lambda row: _row(row, names), bool(columns))
     queries, positives, *more = zip(*texts)
     return Matches(queries, positives, more[0] if more else None, None, name, tuple(lines))
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.dialogues import MESSAGES, Dialogues, Turn, Turns, load_dialogues, read_messages, read_text
-from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part
-from lorakit.data.tables import open_table
+from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
 PROMPTS = ("prompt", "question", "instruction", "input")
@@ -110,24 +109,14 @@ def load_preferences(
             f"{', '.join(columns) or 'none'}: name them with --chosen COLUMN and --rejected COLUMN"
         )
     read = _reader(asked, lower.get("system"))
-    turns: list[Turns] = []
-    pairs: list[tuple[str, str]] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
-    for line, row in table:
-        try:
-            before, answer = read(row, good or "")
-            if answers:
-                pairs.append((answer, _other(read(row, bad or ""), before, answer)))
-            turns.append(before)
-            lines.append(line)
-        except DataError as error:
-            faults.append((line, str(error)))
-    leave_out(name, faults, left=len(turns))
-    if not turns:
-        raise DataError(f"'{name}' has a header and no rows" if columns else f"'{name}' is empty")
-    firsts, seconds = zip(*pairs) if answers else (None, None)
-    return Preferences(tuple(turns), firsts, seconds, name, tuple(lines))
+
+    def both(row: Mapping[str, Any]) -> tuple[Turns, str, str]:
+        before, answer = read(row, good or "")
+        return before, answer, _other(read(row, bad or ""), before, answer) if answers else ""
+
+    triples, lines = usable_rows(name, table, both, bool(columns))
+    turns, firsts, seconds = zip(*triples)
+    return Preferences(turns, firsts if answers else None, seconds if answers else None, name, tuple(lines))
 
 
 def _other(found: tuple[Turns, str], before: Turns, answer: str) -> str:

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit.data.faults import leave_out, skipping, usable
+from lorakit.data.faults import skipping, usable
 from lorakit.data.memory import NAME, Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
 from lorakit.data.streamed import read_or_streamed
-from lorakit.data.tables import DEMO, SUFFIXES, Table, open_table
+from lorakit.data.tables import DEMO, SUFFIXES, Table, open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
 TEXT_NAMES = ("text", "sentence", "content", "message", "utterance", "query", "question", "review")
@@ -116,27 +116,15 @@ def read_texts(
     `places` are the columns that `text_columns` found. DataError names every row that cannot be used, among them those
     for which `learned` raises one.
     """
-    texts: list[str] = []
-    others: list[str] = []
-    found: list[X] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
     first, second = places
-    for line, row in table:
-        try:
-            own = [_text(row, column) for column in (first, second) if column]
-            goal = [learned(row)] if learned else []
-        except DataError as error:
-            faults.append((line, str(error)))
-            continue
-        texts.append(own[0])
-        others += own[1:]
-        found += goal
-        lines.append(line)
-    leave_out(source, faults, left=len(texts))
-    if not texts:
-        raise DataError(f"'{source}' has a header and no rows" if columns else f"'{source}' is empty")
-    return tuple(texts), tuple(others) if second else None, tuple(found) if learned else None, tuple(lines)
+
+    def read(row: Mapping[str, Any]) -> tuple[str, str, list[X]]:
+        own = [_text(row, column) for column in (first, second) if column]
+        return own[0], own[-1], [learned(row)] if learned else []
+
+    found, lines = usable_rows(source, table, read, bool(columns))
+    texts, others, goals = zip(*found)
+    return texts, others if second else None, tuple(goal for (goal,) in goals) if learned else None, tuple(lines)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

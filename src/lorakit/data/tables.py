@@ -11,16 +11,18 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory, by_name
 from lorakit.errors import DataError, MissingExtraError, nearest
+
+X = TypeVar("X")
 
 DEMO = "demo:"
 
@@ -57,6 +59,26 @@ def opened(source: str | Path | Memory) -> Opened:
         raise DataError(f"'{path}': files ending in '{_suffix(path)}' are not read; use {', '.join(SUFFIXES)}")
     with _named(path):
         return reader(path)
+
+
+def usable_rows(
+    source: str, table: Iterable[tuple[int, Mapping[str, Any]]], read: Callable[[Mapping[str, Any]], X], header: bool
+) -> tuple[list[X], list[int]]:
+    """What `read` makes of each row, and the row numbers; without those for which it raises DataError, as many as may
+    be left out. DataError names them otherwise, and a table without rows, which may have a `header`."""
+    found: list[X] = []
+    lines: list[int] = []
+    faults: list[tuple[int, str]] = []
+    for line, row in table:
+        try:
+            found.append(read(row))
+            lines.append(line)
+        except DataError as error:
+            faults.append((line, str(error)))
+    leave_out(source, faults, left=len(found))
+    if not found:
+        raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
+    return found, lines
 
 
 def table_bytes(source: str | Path) -> int:

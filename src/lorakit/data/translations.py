@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part
-from lorakit.data.tables import open_table
+from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
 PAIRS = (
@@ -98,18 +97,7 @@ Reader = Callable[[Mapping[str, Any]], tuple[str, str | None]]
 
 
 def _read(source: str, rows: Any, read: Reader, header: bool = True) -> Translations:
-    found: list[tuple[str, str | None]] = []
-    lines: list[int] = []
-    faults: list[tuple[int, str]] = []
-    for line, row in rows:
-        try:
-            found.append(read(row))
-            lines.append(line)
-        except DataError as error:
-            faults.append((line, str(error)))
-    leave_out(source, faults, left=len(found))
-    if not found:
-        raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
+    found, lines = usable_rows(source, rows, read, header)
     targets = tuple(target for _, target in found if target is not None)
     return Translations(tuple(text for text, _ in found), targets or None, source, tuple(lines))
 
