@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,13 @@ class Bench:
         result = self.keep()
         if self.json:
             print(json.dumps(result))
+
+
+def named(known: Iterable[str]) -> list[str]:
+    """The jobs that the command line names, taken from it; all that are known if it names none. Before a Bench is."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word.startswith("-"))]
+    return words or list(known)
 
 
 def timed(run: Callable[[], Any], clock: Callable[[], float], inner: int = 1) -> float:

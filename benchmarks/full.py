@@ -7,12 +7,11 @@ python benchmarks/full.py tag
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lorakit as lk
-from common import Bench
+from common import Bench, named
 from jobs import answer, complete, tag
 from lorakit.data import Splits, load_dialogues
 from lorakit.data.rows import split
@@ -111,10 +110,9 @@ def compare(bench: Bench, name: str) -> None:
 
 def main() -> None:
     """All jobs, or those that are named."""
-    wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
-    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word.startswith("-"))]
+    wanted = named(JOBS)
     bench = Bench(__doc__ or "")
-    for name in wanted or JOBS:
+    for name in wanted:
         compare(bench, name)
         bench.keep()
     bench.done()

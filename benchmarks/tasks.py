@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import Bench
+from common import Bench, named
 
 HERE = Path(__file__).parent
 _RUN = "import json, sys; from importlib import import_module as load; "
@@ -56,11 +56,9 @@ def race(bench: Bench, job: str) -> None:
 
 def main() -> None:
     """All tasks, or those that are named."""
-    known = sorted(file.stem for file in (HERE / "jobs").glob("*.py") if file.stem != "__init__")
-    wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
-    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word.startswith("-"))]
+    wanted = named(sorted(file.stem for file in (HERE / "jobs").glob("*.py") if file.stem != "__init__"))
     bench = Bench(__doc__ or "")
-    for job in wanted or known:
+    for job in wanted:
         race(bench, job)
         bench.keep()
     bench.done()
