@@ -22,13 +22,10 @@ from lorakit.data.rows import split
 from lorakit.tasks.base import Base
 from lorakit.tasks.image import Image
 from lorakit.tasks.vision import pooled
-from lorakit.trunk.memory import keep_few_kernels
 from sides.recipe import StepClock, arguments
 
 RANK, SCALE, BATCH = 8, 2.0, 32
 _PRETRAINING, _RATE = 200, 5e-4  # steps; of AdamW
-
-keep_few_kernels()
 
 Make = Callable[[], nn.Module]
 

@@ -63,7 +63,7 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return slot.group.run(slot, x)  # type: ignore[no-any-return]
     reader = WeightReader(module, slot.parameter, slot.kind)
     updates = [factors.update(reader) for factors in active]
-    if len(updates) == 1 and _fusable(updates[0], x):
+    if len(updates) == 1 and slot.kind.is_product and _fusable(updates[0], x):
         update = updates[0]
         bias = module.bias if update.bias is None else update.changed_bias(module.bias)  # type: ignore[arg-type]
         return lora_linear(x, reader(), bias, update.a, update.b, update.scale)  # type: ignore[arg-type]

@@ -4,74 +4,16 @@ The first of them that is called computes all; the others take what is ready if 
 So nothing of the model's code has to be known, and a call that comes otherwise costs time, not correctness.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.lora import Layer, Ready, lora_group, padded_rank
-from lorakit.attach.kernels.products import pack
-from lorakit.attach.slots import Factors, Slot, WeightReader, slots_of, switch_of
-
-
-class Group:
-    """Layers with one input, under one adapter. `now` are their factors as the products take them (see `refresh`)."""
-
-    def __init__(self, members: Sequence[tuple[nn.Module, Slot, Factors]], dtype: torch.dtype, packs: bool) -> None:
-        self.members = list(members)
-        self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
-        readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
-        self.packed = [pack(reader()) if packs else None for reader in readers]
-        self._x: tuple[Any, ...] = ()
-        self._parts: list[Tensor | None] = []
-        device = members[0][2].tensors()["a"].device
-        ranks = [padded_rank(factors.rank, device, dtype) for _, _, factors in members]
-        i = members[0][2].tensors()["a"].shape[1]
-        outs = [factors.tensors()["b"].shape[0] for _, _, factors in members]
-        a = torch.zeros(sum(ranks), i, dtype=dtype, device=device)
-        self.now = Ready(a, tuple(torch.zeros(r, o, dtype=dtype, device=device) for o, r in zip(outs, ranks)))
-
-    def targets(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Where each factor has to be copied: (place, factor, what it is multiplied by)."""
-        row = 0
-        for (_, _, factors), b in zip(self.members, self.now.b):
-            yield self.now.a[row : row + factors.rank], factors.tensors()["a"], 1.0
-            yield b[: factors.rank].T, factors.tensors()["b"], factors.scale
-            row += b.shape[0]
-
-    def takes(self, slot: Slot, factors: Factors, x: Tensor) -> bool:
-        """This call is one for the group."""
-        return (
-            self.members[self.index[id(slot)]][2] is factors
-            and x.dtype == self.now.a.dtype
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-
-    def run(self, slot: Slot, x: Tensor) -> Tensor:
-        """The output of the layer of this slot."""
-        k = self.index[id(slot)]
-        call = (x, x._version, torch.is_grad_enabled())
-        if self._x and self._x[0] is x and self._x[1:] == call[1:] and self._parts[k] is not None:
-            part = self._parts[k]
-        else:
-            self._x, self._parts = call, list(self._compute(x))
-            part = self._parts[k]
-        self._parts[k] = None
-        if not any(other is not None for other in self._parts):
-            self._x = ()
-        assert part is not None
-        return part
-
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        layers = []
-        for (module, slot, factors), packed in zip(self.members, self.packed):
-            tensors = factors.tensors()
-            weight = WeightReader(module, slot.parameter, slot.kind)()
-            layers.append(Layer(weight, module.bias, tensors["a"], tensors["b"], factors.scale, packed))  # type: ignore[arg-type]
-        return lora_group(x, layers, self.now)
+from lorakit.attach.convolution import Convolution, alike, norms_seen
+from lorakit.attach.group import Group, Member
+from lorakit.attach.kernels.conv import Geometry
+from lorakit.attach.slots import Factors, Slot, slots_of, switch_of
 
 
 class Groups:
@@ -79,13 +21,29 @@ class Groups:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = list(groups)
-        self._places = [entry for group in groups for entry in group.targets()]
+        self._find_places()
+
+    def _find_places(self) -> None:
+        self._places = [entry for group in self.groups for entry in group.targets()]
+        self.refresh()
+
+    def fold_norms(self, model: nn.Module, run: Callable[[], Tensor], tolerance: float) -> None:
+        """Folds batch norms into the convolutions before them, where `run` proves that nothing changes."""
+        with norms_seen(model, self.groups) as found:
+            wanted = run()
+        for norm, source in found.items():
+            source.fold(norm)
+        self._find_places()
+        if found and not alike(run(), wanted, tolerance):
+            for source in found.values():
+                source.unfold()
+            self._find_places()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the factors are now; to be called whenever they have changed."""
         if self._places:
-            scaled = [factor if by == 1 else factor * by for _, factor, by in self._places]
+            scaled = [(factor if _is_one(by) else factor * by).view_as(place) for place, factor, by in self._places]
             torch._foreach_copy_([place for place, _, _ in self._places], scaled)
 
     def gradients_in_place(self, on: bool) -> None:
@@ -98,8 +56,11 @@ class Groups:
     def release(self) -> None:
         """Lets every layer run by itself again."""
         for group in self.groups:
-            for _, slot, _ in group.members:
-                slot.group = None
+            group.release()
+
+
+def _is_one(by: float | Tensor) -> bool:
+    return not isinstance(by, Tensor) and by == 1
 
 
 @contextmanager
@@ -118,33 +79,38 @@ def make_groups(
 ) -> Groups:
     """Groups for the adapter `name` from recorded calls. What is not a plain trained pair stays by itself.
 
-    With `packs` frozen weights are kept a second time, in oneDNN's order, where that helps.
+    With `packs` frozen weights are kept a second time where that helps: in oneDNN's order, or beside their pair.
     """
     switch = switch_of(model)
-    able: dict[int, tuple[nn.Module, Slot, Factors]] = {}
+    able: dict[int, Member] = {}
     for module, _, slot in slots_of(model, switch.names[name]):
         factors = slot._modules.get(name)
-        if slot.drive == "fused" and isinstance(factors, Factors) and _plain(module, factors):
+        runs = slot.kind.is_product or (packs and Geometry.of(module) is not None)
+        if slot.drive == "fused" and runs and isinstance(factors, Factors) and _plain(module, factors):
             able[id(slot)] = (module, slot, factors)
     seen: set[int] = set()
-    groups: list[list[tuple[nn.Module, Slot, Factors]]] = []
+    groups: list[list[Member]] = []
     last: Tensor | None = None
     for slot, x in calls:
         if id(slot) not in able or id(slot) in seen:
             last = None
             continue
         seen.add(id(slot))
-        if x is last:
+        if x is last and Geometry.of(able[id(slot)][0]) is None:
             groups[-1].append(able[id(slot)])
         else:
             groups.append([able[id(slot)]])
         last = x
-    made = Groups([Group(members, dtype, packs) for members in groups])
+    made = Groups([_group(members, dtype, packs) for members in groups])
     for group in made.groups:
         for _, slot, _ in group.members:
             slot.group = group
-    made.refresh()
     return made
+
+
+def _group(members: Sequence[Member], dtype: torch.dtype, packs: bool) -> Group:
+    geometry = Geometry.of(members[0][0])
+    return Group(members, dtype, packs) if geometry is None else Convolution(members[0], geometry, dtype)
 
 
 def _plain(module: nn.Module, factors: Factors) -> bool:

@@ -74,6 +74,7 @@ class Conv2d(_Conv):
 
     name = "conv2d"
     layers = "nn.Conv2d"
+    fusable = True
     module = nn.Conv2d
     n_dims = 2
 

@@ -16,6 +16,7 @@ class HfConv1d(Kind):
     name = "hf_conv1d"
     layers = "transformers Conv1D (GPT-2)"
     fusable = True
+    is_product = True
 
     def matches(self, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")

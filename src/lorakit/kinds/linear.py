@@ -13,6 +13,7 @@ class Linear(Kind):
     name = "linear"
     layers = "nn.Linear"
     fusable = True
+    is_product = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and module.weight.is_floating_point() and module.weight.ndim == 2

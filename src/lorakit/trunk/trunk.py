@@ -90,7 +90,8 @@ class Trunk:
         with ExitStack() as stack:
             if self._device().type == "cpu":
                 keep_freed_memory()
-                keep_few_kernels()
+                if not self._reads_images:
+                    keep_few_kernels()
             self._begin_eval(stack)
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
@@ -213,7 +214,7 @@ class Trunk:
         return (state.movedim(1, -1) if state.ndim == 4 else state).flatten(0, -2)
 
     def _see(self, pixels: Tensor, segments: Segments) -> Any:
-        pixels = pixels.to(self._device(), self._pixel_dtype)
+        pixels = pixels.to(self._device(), self._pixel_dtype, memory_format=torch.channels_last)
         with inside(segments):
             return self._body(pixel_values=pixels) if self._takes_pixel_values else self._body(pixels)
 
@@ -234,10 +235,13 @@ class Trunk:
             for tensor in [*module._parameters.values(), *module._buffers.values()]:
                 if tensor is None or added or not tensor.is_floating_point():
                     continue
-                if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.dtype != self.dtype:
-                    if self._keep:
+                changes = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and tensor.dtype != self.dtype
+                maps = self._reads_images and tensor.ndim == 4
+                if changes or maps:
+                    if self._keep or not changes:
                         kept.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(self.dtype)
+                    form = torch.channels_last if maps else torch.preserve_format
+                    tensor.data = tensor.data.to(self.dtype if changes else tensor.dtype, memory_format=form)
         if self._pixel_dtype in (torch.float32, torch.bfloat16, torch.float16):
             self._pixel_dtype = self.dtype
 
@@ -303,6 +307,9 @@ class Trunk:
             self.hidden(ids, segments)
         self.groups = make_groups(self._home, switch.active[0], calls, self.dtype, packs=self._peers is None)
         stack.callback(self.groups.release)
+        if self._reads_images:
+            with torch.no_grad():
+                self.groups.fold_norms(self.model, lambda: self.hidden(ids, segments), _TOLERANCE[self.dtype])
 
     def _begin_blocks(self, stack: ExitStack) -> None:
         """Takes the blocks over, if the result at a few rows is proved to be that of the whole."""

@@ -1,0 +1,84 @@
+"""One group: attached layers that read one input, their factors as the products take them, and the calls it answers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.kernels.lora import Layer, Ready, lora_group, padded_rank
+from lorakit.attach.kernels.products import pack
+from lorakit.attach.slots import Factors, Slot, WeightReader
+
+Member = tuple[nn.Module, Slot, Factors]
+
+
+class Group:
+    """Layers with one input, under one adapter. `now` are their factors as the products take them (see `refresh`)."""
+
+    def __init__(self, members: Sequence[Member], dtype: torch.dtype, packs: bool) -> None:
+        self.members = list(members)
+        self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
+        readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
+        self.packed = [pack(reader()) if packs else None for reader in readers]
+        self._x: tuple[Any, ...] = ()
+        self._parts: list[Tensor | None] = []
+        self.now = self._room(dtype)
+
+    def _room(self, dtype: torch.dtype) -> Ready:
+        """Zeros for all factors."""
+        members = self.members
+        device = members[0][2].tensors()["a"].device
+        ranks = [padded_rank(factors.rank, device, dtype) for _, _, factors in members]
+        i = members[0][2].tensors()["a"].shape[1]
+        outs = [factors.tensors()["b"].shape[0] for _, _, factors in members]
+        a = torch.zeros(sum(ranks), i, dtype=dtype, device=device)
+        return Ready(a, tuple(torch.zeros(r, o, dtype=dtype, device=device) for o, r in zip(outs, ranks)))
+
+    def targets(self) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
+        """Where each factor has to be copied: (place, factor, what it is multiplied by)."""
+        row = 0
+        for (_, _, factors), b in zip(self.members, self.now.b):
+            yield self.now.a[row : row + factors.rank], factors.tensors()["a"], 1.0
+            yield b[: factors.rank].T, factors.tensors()["b"], factors.scale
+            row += b.shape[0]
+
+    def takes(self, slot: Slot, factors: Factors, x: Tensor) -> bool:
+        """This call is one for the group."""
+        return (
+            self.members[self.index[id(slot)]][2] is factors
+            and x.dtype == self.now.a.dtype
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def run(self, slot: Slot, x: Tensor) -> Tensor:
+        """The output of the layer of this slot."""
+        k = self.index[id(slot)]
+        call = (x, x._version, torch.is_grad_enabled())
+        if self._x and self._x[0] is x and self._x[1:] == call[1:] and self._parts[k] is not None:
+            part = self._parts[k]
+        else:
+            self._x, self._parts = call, list(self._compute(x))
+            part = self._parts[k]
+        self._parts[k] = None
+        if not any(other is not None for other in self._parts):
+            self._x = ()
+        assert part is not None
+        return part
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        return lora_group(x, self._layers(), self.now)
+
+    def release(self) -> None:
+        """Lets every layer run by itself again."""
+        for _, slot, _ in self.members:
+            slot.group = None
+
+    def _layers(self) -> list[Layer]:
+        layers = []
+        for (module, slot, factors), packed in zip(self.members, self.packed):
+            tensors = factors.tensors()
+            weight = WeightReader(module, slot.parameter, slot.kind)()
+            layers.append(Layer(weight, module.bias, tensors["a"], tensors["b"], factors.scale, packed))  # type: ignore[arg-type]
+        return layers
