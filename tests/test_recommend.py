@@ -23,6 +23,7 @@ from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base
 from lorakit.tasks.recommend import Recommend, at_top
 from lorakit.tasks.tables import Catalog, Tables, fresh_tables, load_tables, packed, unpacked
+from several import begin, end, losses
 from tiny_taste import draw_taste, taste_table
 
 QUICK = {"task": "recommend", "batch_size": 128, "epochs": 12, "learning_rate": 0.02}
@@ -130,6 +131,24 @@ def test_steps_in_small_passes_have_the_gradient_of_one_pass():
     assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
+def test_tables_with_labels_give_the_loss_of_their_scores_to_all_that_learns():
+    base, task, train, _ = tiny()
+    attach(base.model, task.plan(base.model, 2), seed=1)
+    learning = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in learning:
+            parameter.add_(0.1)
+    batch = train.for_step(range(35), 5).gather(range(35))
+    scores = base.model(batch.users, batch.candidates)
+    wanted = F.cross_entropy(scores - batch.log_odds, batch.labels, reduction="sum")
+    loss = task.loss(base.model, base.model, batch)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert len(learning) == 5
+    for one, other in zip(torch.autograd.grad(loss, learning), torch.autograd.grad(wanted, learning)):
+        assert float(other.abs().max()) > 0
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_step_makes_nothing_of_the_size_of_a_table_and_teaches_only_rows_that_occur():
     base, task, train, _ = tiny(n_users=40_000, n_items=3000, width=32)
@@ -234,6 +253,21 @@ def test_a_run_that_was_stopped_ends_as_the_uninterrupted_one(place, second, tmp
     resumed = lk.fit(place / "base", second, out=tmp_path / "cut", resume=True, **words)
     assert resumed.adapter == whole.adapter
     assert resumed.metrics == whole.metrics
+
+
+@pytest.mark.slow  # processes that import torch
+def test_two_processes_learn_tastes_as_one_does(place, tmp_path):
+    words = ["-m", "lorakit", "fit", str(place / "base"), str(place / "second.csv"), "--task", "recommend"]
+    words += ["--epochs", "2", "--batch-size", "128", "--learning-rate", "0.02", "--threads", "1"]
+    end(begin(tmp_path, "one", size=1, words=words))
+    end(begin(tmp_path, "two", words=words))
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(found) == len(wanted) > 6
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-5
+    two, one = (lk.load(tmp_path / name / "adapter").layers for name in ("two", "one"))
+    for path, layer in one.items():
+        for name, tensor in layer.factors.items():
+            assert float((two[path].factors[name] - tensor).abs().max()) < 1e-3
 
 
 # ---------------------------------------------------------------- in use

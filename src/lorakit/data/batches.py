@@ -218,7 +218,7 @@ def passes(examples: Examples, indices: Sequence[int], most: int) -> list[list[i
     lengths = examples.lengths
     parts: list[list[int]] = []
     room = 0
-    for i in sorted(indices, key=lambda i: (lengths[i], i)):
+    for i in sorted(sorted(indices), key=lengths.__getitem__):
         if not parts or lengths[i] > room:
             parts.append([])
             room = most

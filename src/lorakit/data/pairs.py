@@ -132,7 +132,7 @@ class Step(Examples):
 
     def gather(self, indices: Sequence[int]) -> PairBatch:
         """These pairs, against the step's candidates."""
-        places = list(indices)
+        places = torch.from_numpy(np.asarray(indices, dtype=np.int64))  # torch is slow with sequences
         users, items = self.pairs.users[places], self.pairs.items[places]
         labels = torch.searchsorted(self.candidates, items)
-        return PairBatch(users, items, self.candidates, self.log_odds, labels, tuple(places), self.pairs)
+        return PairBatch(users, items, self.candidates, self.log_odds, labels, tuple(indices), self.pairs)

@@ -71,7 +71,8 @@ class Learner:
         """
         examples = examples.for_step(indices, self.settings.seed)
         n_labels, total, n_tokens = max(1, examples.n_labels(indices)), 0.0, 0
-        own = self.workers.share(indices, [examples.lengths[i] for i in indices], bool(self.prefixes))
+        lengths = examples.lengths
+        own = self.workers.share(indices, [lengths[i] for i in indices], bool(self.prefixes))
         self.flat.clear()
         parts = passes(examples, own, self.settings.most_tokens)
         idle = idle_passes(self.workers, self.settings, examples, indices, len(parts))

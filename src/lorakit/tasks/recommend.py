@@ -186,6 +186,9 @@ class Recommend(Task):
         users, candidates, log_odds, labels = (
             x.to(device) for x in (batch.users, batch.candidates, batch.log_odds, batch.labels)
         )
+        if type(hidden) is Tables:
+            loss: Tensor = hidden(users, candidates, labels, log_odds)
+            return loss
         logits = scores_of_pairs(hidden, users, candidates).float() - log_odds
         return F.cross_entropy(logits, labels, reduction="sum")
 

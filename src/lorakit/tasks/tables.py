@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.pairs import all_pairs
+from lorakit.attach.kernels.pairs import pair_loss
+from lorakit.attach.kernels.products import linear
+from lorakit.attach.lookups import looked_up
 from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions
 from lorakit.errors import DataError, LorakitError, UsageError, listed
@@ -50,9 +52,19 @@ class Tables(nn.Module):
         self.items = nn.Embedding(n_items, width)
         self.bias = nn.Parameter(torch.zeros(n_items))
 
-    def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Scores `(b, m)` of users `(b,)` with items `(m,)`."""
-        return all_pairs(self.users(users), self.items(items), self.bias[items])
+    def forward(
+        self, users: Tensor, items: Tensor, labels: Tensor | None = None, log_odds: Tensor | float = 0.0
+    ) -> Tensor:
+        """Scores `(b, m)` of users `(b,)` with items `(m,)`.
+
+        With `labels (b,)`, the place of each user's own item among these: the summed cross-entropy in nats, by scores
+        less `log_odds (m,)`.
+        """
+        bias = self.bias.index_select(0, items)
+        if labels is not None:
+            return pair_loss(looked_up(self.users, users), looked_up(self.items, items), bias - log_odds, labels)
+        product = nn.functional.linear if torch.is_grad_enabled() else linear
+        return product(self.users(users), self.items(items), bias)
 
     def save_pretrained(self, place: str | Path) -> None:
         """Writes the tables."""

@@ -1,0 +1,29 @@
+"""Rows that an embedding gives, with their low-rank part by itself, for kernels that need no more than its factors."""
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.kernels.pairs import Rows
+from lorakit.attach.slots import Factors, Slot
+
+
+def looked_up(layer: nn.Embedding, places: Tensor) -> Rows:
+    """`layer(places)`, for places `(n,)`: in parts where nothing but one plain pair changes it; else whole."""
+    slot = layer._modules.get("adapters")
+    active = slot.active() if isinstance(slot, Slot) and _alone(layer, slot) else []
+    if len(active) != 1 or not _plain(active[0]):
+        return Rows(layer(places))
+    tensors = active[0].tensors()
+    w = nn.functional.embedding(places, layer.weight)
+    return Rows(w, torch.index_select(tensors["a"], 1, places).T, tensors["b"], active[0].scale)
+
+
+def _alone(layer: nn.Embedding, slot: Slot) -> bool:
+    """Its hook is all that a call would run beside the layer itself, and padding, which teaches nothing, is none."""
+    hooks = len(layer._forward_hooks) == 1 and not layer._forward_pre_hooks
+    own = hooks and list(layer._modules) == ["adapters"] and type(layer) is nn.Embedding
+    return slot.drive == "hook" and own and layer.padding_idx is None
+
+
+def _plain(factors: Factors) -> bool:
+    return factors.method.name == "lora" and factors.tensors().keys() == {"a", "b"}
