@@ -73,7 +73,10 @@ class Bench:
             self.ratio(f"{name} ({label})", values)
 
     def keep(self) -> dict[str, Any]:
-        """What is known so far; also in a file where asked, so that a long run is not lost."""
+        """What is known so far; also in a file where asked, so that a long run is not lost.
+
+        What the file has of other jobs stays there, if it was measured on such a machine with these versions.
+        """
         result = {
             "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
@@ -84,8 +87,11 @@ class Bench:
         }
         if self.save:
             RESULTS.mkdir(exist_ok=True)
-            name = Path(sys.argv[0]).stem
-            (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            file = RESULTS / f"{Path(sys.argv[0]).stem}.json"
+            known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if all(known.get(key) == result[key] for key in ("machine", "versions", "quick")):
+                result |= {key: known[key] | result[key] for key in ("ratios", "spread", "facts")}
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
 
     def done(self) -> None:
