@@ -8,6 +8,7 @@ import pytest
 import lorakit as lk
 from lorakit.errors import FitError, LorakitError
 from lorakit.tasks.base import load_base
+from tiny_image import tiny_vit
 from tiny_text import small_task, tiny_bert
 
 place, base, data = small_task(60)
@@ -61,6 +62,12 @@ def test_a_base_that_cannot_read_or_write_is_refused(place):
         load_base(str(blank))
     with pytest.raises(LorakitError, match="is a bert model, which does not write text"):
         load_base(str(place / "base"), head="causal")
+    tiny_vit(place / "vit")
+    for name, head in ((str(place / "vit"), "none"), (str(place / "vit"), "causal"), (f"{place / 'vit'}+b", "both")):
+        with pytest.raises(
+            LorakitError, match=r"vit' is a vit model, which takes images and reads no text.*TEXT\+IMAGE"
+        ):
+            load_base(name, head=head)
     with pytest.raises(LorakitError, match="cannot load the base 'no/such': .* check the name and the connection"):
         load_base("no/such")
 

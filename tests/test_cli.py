@@ -179,6 +179,13 @@ BAD = [
     (["predict", "BASE", "--say", "hi"], 1, ["adapter_model.safetensors"]),
     (["predict", "RUN"], 2, ["--say"]),
     (["evaluate", "RUN", "DATA", "--label", "text"], 1, ["not in the training data"]),
+    (["evaluate", "RUN", "DATA", "--limit", "3"], 2, ["--limit goes with --harness TASK"]),
+    (["evaluate", "RUN", "DATA", "--harness-chat"], 2, ["--harness-chat goes with --harness TASK"]),
+    (
+        ["evaluate", "RUN", "--harness", "x", "--text", "a", "--skip-bad", "3"],
+        2,
+        ["--text, --skip-bad goes with a file"],
+    ),
     (["truncate", "RUN", "--out", "OUT"], 2, ["rank or energy"]),
     (["truncate", "RUN", "--energy", "1.5", "--out", "OUT"], 2, ["1.5"]),
     (["merge", "PLAIN", "--out", "OUT"], 2, ["--base"]),

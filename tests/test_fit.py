@@ -189,7 +189,9 @@ def test_a_used_run_directory_is_not_overwritten_unasked(place, base, data):
     lk.fit(base, data, out=out, **quick)
     with pytest.raises(UsageError, match="not empty"):
         lk.fit(base, data, out=out, **quick)
-    with pytest.raises(UsageError, match="nothing to resume"):
+    with pytest.raises(
+        UsageError, match="holds a finished run; there is nothing to resume; replace it with --overwrite"
+    ):
         lk.fit(base, data, out=out, resume=True, **quick)
     lk.fit(base, data, out=out, overwrite=True, **quick)
     foreign = place / "foreign"
@@ -198,6 +200,8 @@ def test_a_used_run_directory_is_not_overwritten_unasked(place, base, data):
     with pytest.raises(UsageError, match="holds no run"):
         lk.fit(base, data, out=foreign, overwrite=True, **quick)
     assert (foreign / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="it holds no run of lorakit; name another directory"):
+        lk.fit(base, data, out=foreign, **quick)
 
 
 def test_evaluating_an_unknown_label_names_the_row(place, base, data):

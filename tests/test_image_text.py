@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image as Pillow
 
 import lorakit as lk
+from lorakit.cli import main
 from lorakit.data import load_splits
 from lorakit.errors import DataError, UsageError
 from lorakit.fit.use import open_run
@@ -125,6 +126,15 @@ def test_a_killed_run_goes_on_to_the_same_end(place, data, tmp_path):
         lk.fit(bases(place), data, "image_text", out=tmp_path / "run", watch=kill, **brief)
     again = lk.fit(bases(place), data, "image_text", out=tmp_path / "run", resume=True, **brief)
     assert again.adapter == whole.adapter
+
+
+def test_the_report_names_a_command_that_can_work(place, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    words = ["fit", f"{place / 'bert'}+{place / 'vit'}", str(place / "data.csv"), "--task", "image_text", "--out", run]
+    assert main([*words, "--max-steps", "1"]) == 0
+    assert f"lorakit predict {run} rows.csv  |" in capsys.readouterr().out
+    (tmp_path / "rows.csv").write_text(f"image,text\n{place / '0.png'},i like rain\n")
+    assert main(["predict", run, str(tmp_path / "rows.csv")]) == 0
 
 
 def test_what_cannot_work_is_said(place, data, tmp_path):

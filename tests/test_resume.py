@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import lorakit as lk
-from lorakit.errors import FitError
+from lorakit.errors import FitError, UsageError
 from tiny_text import small_task
 
 place, base, data = small_task(180)
@@ -39,6 +39,18 @@ def start(place, out, how):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", RUN, str(place), str(out), how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("file", ["records.jsonl", "prefix_train_0.bin"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(place, base, data, tmp_path, file):
+    (tmp_path / file).write_bytes(b"")
+    told = "holds a run that ended before its first checkpoint;.* replace it with --overwrite"
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=told) as refused:
+            lk.fit(base, data, out=tmp_path, resume=resume, max_steps=1)
+        assert "go on with" not in str(refused.value)
+    lk.fit(base, data, out=tmp_path, overwrite=True, max_steps=1)
+    assert (tmp_path / "summary.json").is_file()
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_a_bad_row_is_refused_by_file_and_row_or_left_out_and_counted(place, tas
         read(task, files)
     for words in (f"bad_{part}.jsonl'", "row 4:", "row 6:", why, "leave these 2 rows out with --skip-bad 2"):
         assert words in str(refused.value)
-    with pytest.raises(DataError, match=r"--skip-bad 2 \(1 are too few\)"):
+    with pytest.raises(DataError, match=r"--skip-bad 2 or more \(1 are too few\)"):
         read(task, files, skip_bad=1)
     found = read(task, files, skip_bad=2)
     assert [(one.source, one.row) for one in found.skipped] == [(str(files[part]), 4), (str(files[part]), 6)]
@@ -228,9 +228,69 @@ def test_the_bound_is_for_all_parts_together(place):
         file.write('{"text": "x", "label": "odd"}\n{"text": "y", "label": ""}\n')
     assert [one.row for one in read("classify", files, skip_bad=3).skipped] == [4, 26, 25]
     with pytest.raises(
-        DataError, match=r"row 25: label 'odd'.*with --skip-bad 3 \(2 are too few, 2 were left out before"
+        DataError, match=r"row 25: label 'odd'.*with --skip-bad 3 or more \(2 are too few, 2 were left out before"
     ):
         read("classify", files, skip_bad=2)
+
+
+def test_one_refusal_names_the_bad_rows_of_all_parts_and_of_every_reason(place, bases):
+    files = write(place, "many", "classify", "train", {"text": "", "label": "a"}, places=(3,))
+    with files["valid"].open("a") as file:
+        file.write('{"text": "x", "label": "odd"}\n{"text": "y", "label": ""}\n')
+    with pytest.raises(DataError) as refused:
+        read("classify", files)
+    for words in (
+        "3 faults",
+        "train.jsonl' row 4: column 'text'",
+        "valid.jsonl' row 26: column",
+        "row 25: label 'odd'",
+    ):
+        assert words in str(refused.value)
+    assert str(refused.value).count("mend or remove these rows") == 1
+    assert str(refused.value).endswith("; or leave these 3 rows out with --skip-bad 3 or more")
+    for part in ("train", "valid", "test"):
+        with files[part].open("a") as file:
+            file.write(json.dumps({"text": LONG, "label": "a"}) + "\n")
+    data = read("classify", files, skip_bad=3)
+    with pytest.raises(DataError) as refused:
+        lk.fit(bases["bert"](), data, max_steps=1, threads=1, skip_bad=3)
+    for part, row in (("train", 50), ("valid", 27), ("test", 25)):
+        assert f"{part}.jsonl' row {row}: it has 62 tokens, and 24 are the most" in str(refused.value)
+    assert "; shorten them, or pass --truncate to cut them; or leave these 3 rows out with --skip-bad 6 (3 are" in str(
+        refused.value
+    )
+    found = lk.fit(bases["bert"](), data, max_steps=1, threads=1, skip_bad=6)
+    assert found.summary["skipped"]["rows"] == 6
+
+
+def test_what_else_is_wrong_does_not_hide_the_bad_rows(place):
+    files = write(place, "hidden", "classify", "train", {"text": "", "label": "a"})
+    files["test"].write_text("")
+    with pytest.raises(DataError, match=r"(?s)row 4: column 'text'.*--skip-bad 2 or more"):
+        read("classify", files)
+    with pytest.raises(DataError, match=r"hidden_test\.jsonl' is empty"):
+        read("classify", files, skip_bad=2)
+
+
+def test_an_image_or_its_text_may_be_bad_and_all_are_named(place, bases):
+    files = write(place, "halves", "image_text", "train", {"image": "none.png", "text": "sun", "label": "a"}, (1,))
+    with files["train"].open("a") as file:
+        for row in ({"image": "1.png", "text": "", "label": "a"}, {"image": "cut.png", "text": "sun", "label": "b"}):
+            file.write(json.dumps(row) + "\n")
+    with files["test"].open("a") as file:
+        file.write(json.dumps({"image": "2.png", "text": LONG, "label": "b"}) + "\n")
+    with pytest.raises(DataError, match=r"(?s)row 2: .*none\.png.*row 50: column 'text'.*--skip-bad 2 or more"):
+        read("image_text", files)
+    data = read("image_text", files, skip_bad=2)
+    with pytest.raises(DataError, match=r"(?s)row 51: 'cut\.png'.*row 25: it has 62 tokens.*--skip-bad 4 \(2 are"):
+        lk.fit(bases["both"](), data, "image_text", max_steps=1, threads=1, skip_bad=2)
+
+
+def test_every_row_with_too_long_a_text_is_named(place, bases):
+    long = {"text": LONG, "label": "a"}
+    files = write(place, "long", "classify", "train", long, places=(1, 3, 5, 7, 9, 11, 13))
+    with pytest.raises(DataError, match=r"7 of 55 texts .* 24 tokens \(rows 2, 4, 6, 8, 10 and 2 more\), the longest"):
+        lk.fit(bases["bert"](), read("classify", files), max_steps=1)
 
 
 def test_pairs_that_were_learned_and_labels_of_one_text_alone(place):
@@ -251,7 +311,9 @@ def test_pairs_that_were_learned_and_labels_of_one_text_alone(place):
 def test_rows_in_memory_are_left_out_too():
     rows = [GOOD["classify"](k) for k in range(30)]
     wrong = [*rows[:4], {"text": "", "label": "a"}, *rows[4:], "no row"]
-    with pytest.raises(DataError, match="'the rows in memory': row 32: it is 'no row', not a dict"):
+    with pytest.raises(
+        DataError, match=r"(?s)'the rows in memory': 2 faults:.*row 5: column.*row 32: it is 'no row', not a dict"
+    ):
         load_splits(wrong)
     found = load_splits(wrong, valid=[*rows, {"text": "x", "label": "odd"}], skip_bad=3)
     assert sorted((one.source, one.row) for one in found.skipped) == [

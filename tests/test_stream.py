@@ -209,8 +209,21 @@ def test_a_bad_row_in_a_later_chunk_is_named_with_its_file(name, tmp_path):
     assert (
         told[0]
         == told[1]
-        == f"'{file}': row {line}: column 'text' is empty; mend or remove these rows; or leave it out with --skip-bad 1"
+        == f"'{file}': row {line}: column 'text' is empty; mend or remove these rows; or leave it out with "
+        "--skip-bad 1 or more"
     )
+
+
+def test_too_long_texts_of_all_chunks_are_named_at_once(tmp_path, bases):
+    rows = rows_of("classify")
+    for k in (5, 60, 90):
+        rows[k]["text"] = "rain " * 90
+    file = written(rows, tmp_path / "a.csv")
+    short = written(rows_of("classify"), tmp_path / "short.csv")
+    data = load_splits(file, valid=short, test=short, most_in_memory=0)
+    with pytest.raises(DataError, match=r"(?s)3 faults:.*row 7: it has 92 .*row 62: .*row 92: .*--skip-bad 3$"):
+        lk.fit(bases("classify"), data, max_steps=1)
+    assert lk.fit(bases("classify"), data, max_steps=1, skip_bad=3).summary["skipped"]["rows"] == 3
 
 
 def test_faults_of_all_rows_are_found_by_a_few(tmp_path, bases):

@@ -7,7 +7,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli import main
-from lorakit.errors import UsageError
+from lorakit.errors import DataError, UsageError
 from lorakit.fit.talk import Talk
 from lorakit.tasks.base import load_base
 from tiny_chat import CHATML, chat_table, tiny_causal
@@ -54,12 +54,27 @@ def test_what_was_said_before_is_remembered_until_it_is_forgotten(place):
         messages = [{"role": turn.role, "content": turn.content} for turn in talk.turns[:4]]
         (wanted,) = lk.predict(place / "well", [messages], max_new_tokens=4, truncate=True)
         assert talk.turns[4].content == wanted.answer
-        for _ in range(9):  # longer than the model takes: the beginning is left out
-            talk.say(ROWS[0][0], max_new_tokens=4)
         talk.forget()
         assert [turn.role for turn in talk.turns] == ["system"]
         with pytest.raises(UsageError, match="no adapter 'wel'; did you mean 'well'"):
             talk.use("wel")
+
+
+def test_the_earliest_turns_are_dropped_where_there_is_no_room_and_a_long_text_is_refused(place):
+    with Talk({"well": place / "well"}, system="i like rain") as talk:
+        while not talk.n_dropped:
+            before = talk.turns
+            found = talk.say(ROWS[len(before) % 2][0], max_new_tokens=4)
+        assert talk.n_dropped % 2 == 0
+        assert talk.turns[:-2] == [before[0], *before[1 + talk.n_dropped :]]
+        messages = [{"role": turn.role, "content": turn.content} for turn in talk.turns[:-1]]
+        assert found == lk.predict(place / "well", [messages], max_new_tokens=4)[0].answer
+        known = talk.turns
+        with pytest.raises(DataError, match=r"the system text have \d{3} tokens, and 63 are the most; shorten it"):
+            talk.say("sort " * 90)
+        assert talk.turns == known
+        talk.forget()
+        assert (talk.n_dropped, len(talk.turns)) == (0, 1)
 
 
 def test_other_runs_are_refused(tmp_path):
@@ -84,6 +99,12 @@ def test_the_command_reads_lines_and_prints_answers(place, capsys, monkeypatch):
     assert len(out.splitlines()) == 3
     assert "there is no adapter 'nobody'" in err
     assert "'/what' is no command" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([asked] * 9 + ["sort " * 90])))
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 9
+    assert "turns left no room for an answer and were dropped" in err
+    assert "tokens, and 63 are the most; shorten it" in err
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -358,6 +358,23 @@ def test_the_interval_of_bleu_is_that_of_resampled_corpora() -> None:
 
 
 @pytest.mark.slow
+def test_the_columns_are_named_on_the_command_line(
+    place: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    said = [dict(zip(("en", "de"), row.values())) for row in rows]
+    file = tmp_path / "two.jsonl"
+    file.write_text("\n".join(json.dumps({"translation": one}) for one in said))
+    columns = ["--source", "en", "--target", "de"]
+    words = ["fit", place / "t5", file, "--task", "translate", "--out", tmp_path / "run", "--max-steps", "1"]
+    code, _, err = told(capsys, *words, *columns)
+    assert code == 0, err
+    code, out, err = told(capsys, "evaluate", tmp_path / "run", file, *columns, "--json")
+    assert (code, json.loads(out)["n_rows"]) == (0, len(rows)), err
+    code, out, err = told(capsys, "predict", tmp_path / "run", file, *columns, "--max-new-tokens", "1", "--json")
+    assert (code, len(json.loads(out))) == (0, len(rows)), err
+
+
 def test_predict_merge_and_inspect_by_the_command_line(
     place: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -55,11 +55,11 @@ class DataError(LorakitError, ValueError):
 
 
 class BadRowsError(DataError):
-    """Some rows of the data that cannot be used: `rows` (data/faults.py says what they are)."""
+    """Some rows of the data that cannot be used: `rows` (data/faults.py says what they are); `way` is the way out."""
 
-    def __init__(self, message: str, rows: Sequence[Any]) -> None:
+    def __init__(self, message: str, rows: Sequence[Any], way: str = "") -> None:
         super().__init__(message)
-        self.rows = rows
+        self.rows, self.way = rows, way
 
 
 class FitError(LorakitError, RuntimeError):

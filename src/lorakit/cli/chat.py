@@ -1,5 +1,7 @@
 """Talk with a fitted language model; several runs on one base take turns.
 
+Where a conversation grows longer than the model takes, its earliest turns are dropped, and that is said.
+
 Inside: /use NAME lets another run answer, /use base none of them; /forget begins anew; /help; /quit, or end of file.
 From a pipe every line is asked in turn, and the answers are all that is printed.
 
@@ -58,9 +60,12 @@ def run(args: argparse.Namespace) -> Reply:
                 elif word.startswith("/"):
                     say(f"'{word}' is no command; {_HELP.format(names=', '.join(talk.names))}")
                 else:
+                    before = talk.n_dropped
                     answer = talk.say(line, None if args.json else _spoken, **options)
                     written.append({"adapter": talk.name, "asked": line, "answer": answer})
                     _spoken("" if args.json else "\n")
+                    if talk.n_dropped > before:
+                        say(f"note: the first {talk.n_dropped} turns left no room for an answer and were dropped")
             except LorakitError as error:
                 say(f"lorakit: {error}")
             except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorakit.cli import Reply
-from lorakit.cli.common import SKIP_HELP, bar, columns_for, data_arguments, device_argument, flags_for
+from lorakit.cli.common import COLUMNS, FORMS, SKIP_HELP, bar, columns_for, data_arguments, device_argument, flags_for
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +45,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, evaluates, prints."""
-    from lorakit.data.faults import counted, skipping, told
+    from lorakit.data.faults import counted, gathered, skipping, told
     from lorakit.errors import UsageError
     from lorakit.fit.use import evaluate, open_run
 
     if bool(args.data) == bool(args.harness):
         raise UsageError("give either a file with texts and right answers or --harness TASK")
+    others = (*COLUMNS, *FORMS, "write", "truncate", "skip_bad") if args.harness else ("limit", "harness_chat")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
+    if given:
+        whose = "a file with texts and right answers" if args.harness else "--harness TASK"
+        raise UsageError(f"{', '.join(given)} goes with {whose}, which is not given; leave it out")
     opened = open_run(args.run)
     task = opened[1]
     if args.harness:
@@ -58,7 +63,8 @@ def run(args: argparse.Namespace) -> Reply:
     options = flags_for(task, args, ("write",), task.asks)
     options |= {"truncate": args.truncate, "device": args.device}
     with skipping(args.skip_bad) as skipped:
-        rows = task.read(args.data, **columns_for(task, args))
+        with gathered():
+            rows = task.read(args.data, **columns_for(task, args))
         base = task.load_base(args.base) if args.base else None
         found = evaluate(opened, rows, base=base, watch=bar(len(rows), "row"), **options)
     text = "\n\n".join([str(found), *(f"note: {line}" for line in told(skipped.bad))])

@@ -164,7 +164,11 @@ def run(args: argparse.Namespace) -> Reply:
         )
     except KeyboardInterrupt:
         kept = (out / "checkpoint").is_dir()
-        way = "the same command with --resume goes on from its checkpoint" if kept else "no checkpoint was written yet"
+        way = (
+            "the same command with --resume goes on from its checkpoint"
+            if kept
+            else "no checkpoint was written yet, --overwrite begins anew"
+        )
         raise StoppedError(f"interrupted; {way} ('{out}')") from None
     if not speaks():
         return Reply("", {})
@@ -234,7 +238,8 @@ def _report(task: Any, summary: dict[str, Any], out: str) -> str:
     memory = summary["memory"]
     rest = [f"{name.replace('_', ' ')} {figure(name, after[name])}" for name in after if name != task.metric]
     kept = f"epoch {summary['best_epoch']} of {summary['epochs']}, the best on the validation rows"
-    tried = f"--say '{task.try_it}'" + (" --say2 'the second text'" if summary.get("pairs") else "")
+    tried = f"--say '{task.try_it}'" if task.try_it else "rows.csv"
+    tried += " --say2 'the second text'" if summary.get("pairs") else ""
     lines = [
         (
             f"held-out {task.metric}",

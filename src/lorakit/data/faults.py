@@ -1,18 +1,23 @@
 """Rows that cannot be used: refused by file, row and reason; or left out, as many as `skip_bad` allows, and counted.
 
 A reader goes on without bad rows (`leave_out`). What needs a whole table, or all parts of a data set, says which of its
-rows are bad (`refuse`), and is done again without them (`usable`). All of it within one `skipping` has one bound.
+rows are bad (`refuse`), and is done again without them (`usable`). All of it within one `skipping` has one bound;
+within one `gathered` it goes on beyond that, so that one refusal names all the bad rows.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, Self, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
-from lorakit.errors import BadRowsError, DataError, UsageError, listed
+from lorakit.errors import BadRowsError, DataError, LorakitError, UsageError, listed
 
 _MEND = "mend or remove these rows"
 _SHOWN = 5
+
+P = TypeVar("P")
+X = TypeVar("X")
 
 
 class BadRow(str):
@@ -31,29 +36,66 @@ class BadRow(str):
         return self.source, self.row, self.reason
 
 
+class Refusal(NamedTuple):
+    """Rows that cannot be used, what is said of them, and the way out, which is a part of that."""
+
+    rows: Sequence[BadRow]
+    message: str
+    way: str
+
+    @classmethod
+    def of(cls, refused: Sequence["Refusal"]) -> "Refusal":
+        """One of several."""
+        if len(refused) == 1:
+            return refused[0]
+        found: dict[tuple[str, int], BadRow] = {}
+        for one in chain.from_iterable(refusal.rows for refusal in refused):
+            found.setdefault((one.source, one.row), one)
+        places = {source: place for place, source in enumerate(dict.fromkeys(source for source, _ in found))}
+        rows = sorted(found.values(), key=lambda one: (places[one.source], one.row))
+        way = "; ".join(dict.fromkeys(refusal.way for refusal in refused if refusal.way))
+        return cls(rows, f"{_listed(rows)}{'; ' if way else ''}{way}", way)
+
+
 class Skipping:
-    """At most `most` rows are left out; `bad` are those that were."""
+    """At most `most` rows are left out; `bad` are those that were. While it `gathers`, more are, until `settle`."""
 
     def __init__(self, most: int, before: Iterable[BadRow] = ()) -> None:
         if isinstance(most, bool) or not isinstance(most, int) or most < 0:
             raise UsageError(f"skip_bad is {most!r}; it must be a whole number of rows, 0 or more")
         self.most = most
+        self.gathers = False
         self._found = {(one.source, one.row): one for one in before}
+        self._refused: list[Refusal] = []
 
     @property
     def bad(self) -> tuple[BadRow, ...]:
         """Every row once, with the first reason."""
         return tuple(self._found.values())
 
-    def leave_out(self, bad: Iterable[BadRow], message: str) -> None:
-        """Counts these rows. DataError, with this message and the numbers, if they are too many."""
-        new = {(one.source, one.row): one for one in reversed(list(bad))}
-        n_new, n_all = len(new), len({**new, **self._found})
-        if n_all > self.most and n_all > len(self._found):
-            way = f"leave {'it' if n_new == 1 else f'these {n_new} rows'} out with --skip-bad {n_all}"
-            before = f", {len(self._found)} were left out before" if self._found else ""
-            raise DataError(f"{message}; or {way}{f' ({self.most} are too few{before})' if self.most else ''}")
-        self._found |= {key: one for key, one in reversed(new.items()) if key not in self._found}
+    def leave_out(self, bad: Iterable[BadRow], message: str, way: str = "") -> None:
+        """Counts these rows. DataError, with this message and the numbers, if they are too many; or later: `settle`."""
+        found = {(one.source, one.row): one for one in reversed(list(bad))}
+        new = {key: one for key, one in reversed(found.items()) if key not in self._found}
+        if new and len(self._found) + len(new) > self.most:
+            self._refused.append(Refusal(list(new.values()), message, way))
+        self._found |= new
+        if not self.gathers:
+            self.settle(all_seen=False)
+
+    def settle(self, all_seen: bool) -> None:
+        """DataError with all rows beyond the bound, if there are any; unless `all_seen`, there may be more of them."""
+        if not self._refused:
+            return
+        refused = Refusal.of(self._refused)
+        n_all, n_new = len(self._found), len(refused.rows)
+        way = f"leave {'it' if n_new == 1 else f'these {n_new} rows'} out with --skip-bad {n_all}"
+        before = f", {n_all - n_new} were left out before" if n_all > n_new else ""
+        few = f" ({self.most} are too few{before})" if self.most else ""
+        self._refused = []
+        for one in refused.rows:
+            del self._found[one.source, one.row]
+        raise DataError(f"{refused.message}; or {way}{'' if all_seen else ' or more'}{few}") from None
 
 
 _active: ContextVar[Skipping | None] = ContextVar("skipping", default=None)
@@ -71,6 +113,25 @@ def skipping(most: int, before: Iterable[BadRow] = ()) -> Iterator[Skipping]:
         _active.reset(token)
 
 
+@contextmanager
+def gathered(all_seen: bool = False) -> Iterator[None]:
+    """Within the block rows beyond the bound are left out too; DataError at its end names them all. `all_seen`: after
+    the block nobody looks for bad rows any more."""
+    now = _active.get()
+    if now is None or now.gathers:
+        yield
+        return
+    now.gathers = True
+    try:
+        yield
+        now.settle(all_seen)
+    except LorakitError:
+        now.settle(all_seen=False)  # what was refused before comes first
+        raise
+    finally:
+        now.gathers = False
+
+
 def tolerant() -> bool:
     """Whether a row may be left out here."""
     now = _active.get()
@@ -82,26 +143,47 @@ def leave_out(source: object, faults: Sequence[tuple[int, str]], way: str = _MEN
     no row is `left`."""
     if not faults:
         return
-    lines = listed((f"row {row}: {reason}" for row, reason in faults), _SHOWN)
-    message = f"'{source}': {lines}; {way}"
+    bad = [BadRow(source, row, reason) for row, reason in faults]
+    message = f"{_listed(bad)}; {way}"
     now = _active.get()
     if now is None:
         raise DataError(message)
     if not left:
         raise DataError(f"{message}; no other row is there")
-    now.leave_out((BadRow(source, row, reason) for row, reason in faults), message)
+    now.leave_out(bad, message, way)
 
 
-def refuse(bad: Sequence[BadRow], message: str = "") -> None:
+def _listed(bad: Collection[BadRow]) -> str:
+    """The first of these rows; where all are of one source, its name stands in front."""
+    source = next(iter(bad)).source
+    if any(one.source != source for one in bad):
+        return listed(bad, _SHOWN)
+    return f"'{source}': {listed((f'row {one.row}: {one.reason}' for one in bad), _SHOWN)}"
+
+
+def refuse(bad: Sequence[BadRow], message: str = "", way: str = "") -> None:
     """BadRowsError for these rows, if there are any."""
     if bad:
-        raise BadRowsError(message or listed(bad, _SHOWN), bad)
+        raise BadRowsError("; ".join(part for part in (message or listed(bad, _SHOWN), way) if part), bad, way)
 
 
 def refuse_rows(source: object, faults: Iterable[tuple[int, str]], way: str = _MEND) -> None:
     """The same, by row numbers and reasons."""
     bad = [BadRow(source, row, reason) for row, reason in faults]
-    refuse(bad, f"'{source}': {listed((f'row {one.row}: {one.reason}' for one in bad), _SHOWN)}; {way}")
+    refuse(bad, _listed(bad) if bad else "", way)
+
+
+def made(given: Iterable[P], make: Callable[[P], X]) -> Iterator[X]:
+    """What is made of each of these, one by one; BadRowsError at the end with the bad rows of them all."""
+    refused: list[Refusal] = []
+    for one in given:
+        try:
+            yield make(one)
+        except BadRowsError as error:
+            refused.append(Refusal(error.rows, str(error), error.way))
+    if refused:
+        whole = Refusal.of(refused)
+        raise BadRowsError(whole.message, whole.rows, whole.way)
 
 
 class Table(Protocol):
@@ -112,7 +194,6 @@ class Table(Protocol):
 
 
 D = TypeVar("D", bound=Table)
-X = TypeVar("X")
 
 
 def usable(data: D, make: Callable[[D], X]) -> tuple[D, X]:
@@ -124,7 +205,7 @@ def usable(data: D, make: Callable[[D], X]) -> tuple[D, X]:
             found, now = error, _active.get()
         if now is None:
             raise found
-        now.leave_out(found.rows, str(found))
+        now.leave_out(found.rows, str(found), found.way)
         data = data.without(found.rows)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit.data.faults import skipping, usable
+from lorakit.data.faults import gathered, skipping, usable
 from lorakit.data.memory import NAME, Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
 from lorakit.data.streamed import read_or_streamed
@@ -57,7 +57,7 @@ def load_splits(
     def reader(source: Any) -> Any:
         return read_or_streamed(source, plain, most_in_memory)
 
-    with skipping(skip_bad) as skipped:
+    with skipping(skip_bad) as skipped, gathered():
         found = _loaded(data, {"valid": valid, "test": test}, seed, reader)
         return usable(replace(found, skipped=skipped.bad), Splits.checked)[0]
 

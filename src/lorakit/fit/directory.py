@@ -19,6 +19,8 @@ from lorakit.fit.loop import Record, State
 from lorakit.plan import Plan
 from lorakit.tasks.task import Task
 
+_PREFIX = "prefix_*.bin"
+
 
 def claim(place: Path, resume: bool, overwrite: bool) -> None:
     """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet."""
@@ -27,20 +29,12 @@ def claim(place: Path, resume: bool, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise UsageError(f"'{place}' is a file; name a directory for the run")
     if resume and not (place / "checkpoint").is_dir():
-        state = (
-            "does not exist"
-            if not place.is_dir()
-            else "holds a finished run"
-            if _is_done(place)
-            else "has no checkpoint"
-        )
-        raise UsageError(f"'{place}' {state}; there is nothing to resume")
+        raise UsageError("; ".join([f"'{place}' {_state(place)}", "there is nothing to resume", *_ways(place)]))
     if place.is_dir() and any(place.iterdir()) and not resume:
         if not overwrite:
-            raise UsageError(
-                f"'{place}' is not empty; go on with --resume, replace it with --overwrite, or name another directory"
-            )
-        if not (_is_done(place) or (place / "checkpoint").exists() or (place / "records.jsonl").exists()):
+            ways = ", ".join([*_ways(place), "or name another directory"]).removeprefix("or ")
+            raise UsageError(f"'{place}' is not empty: it {_state(place)}; {ways}")
+        if not _is_run(place):
             raise UsageError(f"'{place}' holds no run of lorakit, so it is not overwritten; name another directory")
     host = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not host.is_dir() or not os.access(host, os.W_OK):
@@ -51,6 +45,28 @@ def _is_done(place: Path) -> bool:
     return (place / "summary.json").exists()
 
 
+def _is_run(place: Path) -> bool:
+    own = ("summary.json", "checkpoint", "records.jsonl")
+    return any((place / name).exists() for name in own) or any(place.glob(_PREFIX))
+
+
+def _state(place: Path) -> str:
+    """What there is, in words."""
+    if not place.is_dir():
+        return "does not exist"
+    if (place / "checkpoint").is_dir():
+        return "holds a run that was interrupted"
+    if not _is_run(place):
+        return "holds no run of lorakit"
+    return "holds a finished run" if _is_done(place) else "holds a run that ended before its first checkpoint"
+
+
+def _ways(place: Path) -> list[str]:
+    """What can be done with it."""
+    goes_on = ["go on with --resume"] if (place / "checkpoint").is_dir() else []
+    return [*goes_on, "replace it with --overwrite"] if _is_run(place) else []
+
+
 def clear(place: Path) -> None:
     """Makes the run directory, or empties it of the run that is to be replaced."""
     try:
@@ -59,7 +75,7 @@ def clear(place: Path) -> None:
         raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
     for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
         (place / name).unlink(missing_ok=True)
-    for file in place.glob("prefix_*.bin"):  # of a run that was killed
+    for file in place.glob(_PREFIX):  # of a run that was killed
         file.unlink()
     for name in ("checkpoint", "adapter"):
         shutil.rmtree(place / name, ignore_errors=True)

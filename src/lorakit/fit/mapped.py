@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakit.cache import cache_folder, keep_below
 from lorakit.data.batches import Tokens
+from lorakit.data.faults import made
 from lorakit.data.ragged import Ragged
 from lorakit.data.streamed import Streamed
 from lorakit.errors import DataError, FitError, LorakitError
@@ -142,8 +143,7 @@ def _make(task: Task, rows: Streamed, tokenizer: Any, truncate: bool, folder: Pa
             return opened.enter_context((work / f"{name}.bin").open("wb"))
 
         lines, found, done = file("lines"), dict[str, _Rows](), 0
-        for part in rows.chunks():
-            tokens = task.examples(part, tokenizer, truncate=truncate)
+        for part, tokens in made(rows.chunks(), lambda part: (part, task.examples(part, tokenizer, truncate=truncate))):
             assert isinstance(tokens, Tokens)
             lines.write(_bytes(torch.tensor(tokens.lines, dtype=torch.int64)))
             for name, own in tokens.parts.items():

@@ -19,7 +19,7 @@ from lorakit.attach import attach, base_fingerprint, collect, detach
 from lorakit.attach.kernels.native import reason
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Examples
-from lorakit.data.faults import counted, skipping, usable
+from lorakit.data.faults import counted, gathered, made, skipping, usable
 from lorakit.device import name_of, resolve_device
 from lorakit.errors import UsageError
 from lorakit.fit.budget import Budget
@@ -101,11 +101,12 @@ def fit(
     began = time.perf_counter()
     with skipping(chosen.skip_bad, data.skipped if isinstance(data, Splits) else ()):
         data = data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)
-        data, base = usable(data, lambda rows: _base(model, kind, rows.checked()))
-        known = data
-        data, (goal, parts) = usable(
-            data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
-        )
+        with gathered(all_seen=True):
+            data, base = usable(data, lambda rows: _base(model, kind, rows.checked()))
+            known = data
+            data, (goal, parts) = usable(
+                data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
+            )
     net, keep = base.model, isinstance(model, Base) and not consume
     moves = place_of(net) != where  # then what it was before waits there
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -203,7 +204,7 @@ def _ready(
     goal = kind.of(data, base).chosen(choices)
     parts = {"train": data.train, "valid": data.valid, "test": data.test}
     make = partial(tokenised, goal, tokenizer=base.tokenizer, truncate=settings.truncate)
-    return goal, {name: make(rows) for name, rows in parts.items()}
+    return goal, dict(zip(parts, list(made(parts.values(), make))))
 
 
 @contextmanager

@@ -8,16 +8,19 @@ from typing import Any
 from lorakit.attach import activate, attach, detach
 from lorakit.data.dialogues import Dialogues, Turn
 from lorakit.device import resolve_device
-from lorakit.errors import UsageError, nearest
+from lorakit.errors import DataError, UsageError, nearest
 from lorakit.fit.use import Run, open_run
 from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
+from lorakit.tasks.template import SHARE, Template
 from lorakit.trunk import place_of, placed
 
 
 class Talk:
     """Says what a user says, hears what the model answers, and remembers both in `turns`.
+
+    Of a conversation that has grown longer than the model takes the earliest turns are dropped: `n_dropped` so far.
 
     `runs` are fitted by `generate` on one base; the first begins. Inside `with`; leaving takes the adapters off.
     `device` is that of `fit`.
@@ -43,6 +46,7 @@ class Talk:
         self._base = base or task.load_base(adapter.base_name)
         self._system = system
         self.turns: list[Turn] = []
+        self.n_dropped = 0
         self.forget()
         self.name = ""
 
@@ -85,17 +89,34 @@ class Talk:
 
     def forget(self) -> None:
         """Begins the conversation anew."""
-        self.turns = [Turn("system", self._system)] if self._system else []
+        self.turns, self.n_dropped = [Turn("system", self._system)] if self._system else [], 0
 
     def say(self, text: str, heard: Callable[[str], object] | None = None, **options: Any) -> str:
         """The answer; `heard` gets it piece by piece. `options` are those of predicting with generate.
 
-        Where the conversation has grown longer than the model takes, its beginning is left out.
+        DataError, and nothing is remembered, if the model does not take a text as long as this one.
         """
-        turns = [*self.turns, Turn("user", text)]
         task = self._runs[self.name or self._first][1]
+        assert isinstance(task, Generate)
+        turns = self._fitting(task, Turn("user", text), options.get("max_new_tokens", task.max_length))
         rows = Dialogues((tuple(turns),), "the conversation", (1,))
-        (found,) = task.predict(rows, self._base, no_scores, truncate=True, heard=heard, **options)
+        (found,) = task.predict(rows, self._base, no_scores, heard=heard, **options)
+        self.n_dropped += len(self.turns) + 1 - len(turns)
         self.turns = [*turns, Turn("assistant", found.answer)]
-        answer: str = found.answer
-        return answer
+        return found.answer
+
+    def _fitting(self, task: Generate, last: Turn, most: int) -> list[Turn]:
+        """The conversation up to this turn, without the earliest turns where they would leave no room for `most` new
+        tokens, or for a quarter of all that the model takes."""
+        template = Template(self._base.tokenizer, task.template)
+        head, said = self.turns[: bool(self._system)], [*self.turns[bool(self._system) :], last]
+        room = task.max_length - min(most, task.max_length // SHARE)
+        while True:
+            (asked,) = template.questions(Dialogues(((*head, *said),), "the conversation", (1,)))
+            if len(asked) <= room or len(said) == 1:
+                break
+            said = said[2:]
+        if len(asked) >= task.max_length:
+            what = "what is asked and the system text have" if head else "what is asked has"
+            raise DataError(f"{what} {len(asked)} tokens, and {task.max_length - 1} are the most; shorten it")
+        return [*head, *said]

@@ -1,8 +1,10 @@
 """Using what a fit brought: predict and evaluate from a run or adapter directory."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from lorakit.adapter import WEIGHTS, Adapter, load
 from lorakit.attach import attach, detach
 from lorakit.data.batches import Examples
-from lorakit.data.faults import skipping, usable
+from lorakit.data.faults import gathered, skipping, usable
 from lorakit.data.memory import in_memory
 from lorakit.data.rows import Part
 from lorakit.device import resolve_device
@@ -105,18 +107,29 @@ def predict(
 ) -> list[Any]:
     """The answer to each text, in order, as the task gives it: a Prediction (classify), a Generation (generate) ...
 
-    `given` are texts (or what else the task is asked: lists of messages, users ...), or rows that were read. `base`
-    saves loading the base again; it is left as it was. `device` is that of `fit`. `watch` is called with how many are
-    done, and of how many. `options` are those of the task; `generate` takes max_new_tokens, temperature and seed.
+    `given` is a list of texts (or of what else the task is asked: lists of messages, users ...), or rows that were
+    read. `base` saves loading the base again; it is left as it was. `device` is that of `fit`. `watch` is called with
+    how many are done, and of how many. `options` are those of the task; `generate` takes max_new_tokens, temperature
+    and seed. UsageError for one text that stands alone.
     """
+    opened = opened_run(run)
+    _refuse_single(opened[1], given)
     if not len(given):
         raise DataError("there is no text to predict")
-    opened = opened_run(run)
     _refuse_unknown(opened[1], options, opened[1].options)
     rows = given if isinstance(given, Part) else opened[1].asked(given)
     opened[1].refuse_other(rows)
     with used(opened, base, device, watch) as (task, own, scores):
         return task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
+
+
+def _refuse_single(task: Task, given: object) -> None:
+    """UsageError for one text, path or mapping, whose letters or keys would be taken for what is asked."""
+    if isinstance(given, str | bytes | PathLike | Mapping):
+        way = ""
+        if isinstance(given, str | PathLike) and os.path.isfile(given):
+            way = f", or the rows of a table: TASKS['{task.name}'].read({str(given)!r:.60}, answers=False)"
+        raise UsageError(f"{given!r:.60} stands alone, and predict takes a list; put it into one: [...]{way}")
 
 
 def _refuse_unknown(task: Task, options: Iterable[str], known: Sequence[str]) -> None:
@@ -146,7 +159,8 @@ def evaluate(
     _refuse_unknown(opened[1], options, opened[1].asks)
     with skipping(skip_bad) as skipped:
         if not isinstance(rows, Part):
-            rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
+            with gathered():
+                rows = opened[1].read(rows if isinstance(rows, str | Path) else in_memory(rows))
         opened[1].refuse_other(rows)
         with used(opened, base, device, watch) as (task, own, scores):
             _, found = usable(rows, lambda rows: task.evaluate(rows, own, scores, truncate=truncate, **options))

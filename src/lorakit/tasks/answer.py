@@ -109,7 +109,7 @@ class Answer(Task):
     may_be_none: bool = False
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Questions:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Questions:
         """Questions, contexts and answers of one file."""
         return load_questions(source, answers=answers, **columns)
 

@@ -93,9 +93,10 @@ def load_base(
     try:
         if head == "vision":
             return _load_vision(transformers, place, known_as, pool, where)
+        config = transformers.AutoConfig.from_pretrained(place)
+        _refuse_images(transformers, config, name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         _refuse_empty(tokenizer, name)
-        config = transformers.AutoConfig.from_pretrained(place)
         model = _load(_auto(transformers, config, head, name), place, name, strict=head != "none")
         _refuse_more_tokens(tokenizer, model, name)
     except LorakitError:
@@ -135,6 +136,16 @@ def _load_vision(transformers: Any, place: str, name: str, pool: str | None, whe
         processor = transformers.AutoImageProcessor.from_pretrained(place)
     model, lens, chosen = prepared(model, processor, pool)
     return Base(model.eval().to(where), lens, name, chosen, 0)
+
+
+def _refuse_images(transformers: Any, config: Any, name: str) -> None:
+    """A model that takes images alone has no tokenizer."""
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    if getattr(kind, "main_input_name", "") == "pixel_values":
+        raise LorakitError(
+            f"'{name}' is a {config.model_type} model, which takes images and reads no text; name one that does, or "
+            "take this one for --task image, or as the second of TEXT+IMAGE for --task image_text"
+        )
 
 
 def _refuse_empty(tokenizer: Any, name: str) -> None:

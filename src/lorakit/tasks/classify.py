@@ -73,7 +73,7 @@ class Classify(Pooled):
     types: bool = False
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Rows:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Rows:
         """Texts, or pairs of them, and labels of one table."""
         for name in ("text", "text2"):
             if columns.get(name) and columns[name] == columns.get("label"):

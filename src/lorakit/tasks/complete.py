@@ -94,7 +94,7 @@ class Complete(CausalWriting):
             raise UsageError(f"overlap is {self.overlap}; it must be from 0 to {self.window - 4} tokens (window - 4)")
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Documents:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Documents:
         """Documents of a file, a folder or a table."""
         return load_documents(source, text=columns.get("text"))
 

@@ -92,7 +92,7 @@ class Embed(Task):
             raise UsageError(listed(faults))
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Matches:
+    def read(cls, source: str | Path, /, *, answers: bool = True, **columns: str | None) -> Matches:
         """Matches of one table."""
         return load_matches(source, answers=answers, **columns)
 

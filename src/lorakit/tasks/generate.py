@@ -51,7 +51,7 @@ class Generate(CausalWriting):
     plain_logits: bool = True
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Dialogues:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Dialogues:
         """Dialogues of one table."""
         return load_dialogues(source, prompt=columns.get("prompt"), answer=columns.get("answer"), answers=answers)
 

@@ -66,7 +66,7 @@ class Image(Task):
     resizes: bool = True
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Images:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Images:
         """Images and labels of a folder, a table, an archive or the demo."""
         image, label = columns.get("image"), columns.get("label")
         if image and image == label:

@@ -88,6 +88,7 @@ class ImageText(Task):
     head = HEAD
     output = "both"
     columns = ("image", "text", "label")
+    try_it = ""
 
     text: Classify
     image: Image
@@ -98,7 +99,7 @@ class ImageText(Task):
         return self.image.labels
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Captioned:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Captioned:
         """Images, texts and labels of one table."""
         named = [column for column in columns.values() if column]
         if len(set(named)) < len(named):

@@ -83,7 +83,7 @@ class Labels(Pooled):
     odds: tuple[float, ...] = field(default=(), compare=False)  # of each label in the training rows, their logarithm
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> LabelSets:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> LabelSets:
         """Texts, or pairs of them, and labels of one table."""
         return load_label_sets(source, answers=answers, **columns)
 

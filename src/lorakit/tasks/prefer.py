@@ -145,7 +145,7 @@ class Prefer(Task):
         return Generate(self.template, self.max_length, self.plain_logits)
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Preferences:
+    def read(cls, source: str | Path, /, *, answers: bool = True, **columns: str | None) -> Preferences:
         """Preferences of one table."""
         return load_preferences(source, answers=answers, **columns)
 

@@ -102,7 +102,7 @@ class Recommend(Task):
     # ---------------------------------------------------------------- before there is one
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Interactions:
+    def read(cls, source: str | Path, /, *, answers: bool = True, **columns: str | None) -> Interactions:
         """Users and items of one table."""
         return load_interactions(source, items=answers, **columns)
 

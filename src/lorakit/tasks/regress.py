@@ -72,7 +72,7 @@ class Regress(Pooled):
     types: bool = False
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Rated:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Rated:
         """Texts, or pairs of them, and numbers of one table."""
         return load_rated(source, answers=answers, **columns)
 

@@ -112,7 +112,7 @@ class Catalog:
                 for line, name in zip(rows.lines, names)
                 if name not in known
             ]
-        refuse(bad, f"{listed(bad, 5)}; remove those rows, or train a base with all rows from {NEW}64")
+        refuse(bad, way=f"remove those rows, or train a base with all rows from {NEW}64")
         users = [self.user_numbers[name] for name in rows.users]
         items = [self.item_numbers[name] for name in rows.items or ()]
         return np.array([users, items], dtype=np.int64).T

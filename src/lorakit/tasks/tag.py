@@ -106,7 +106,7 @@ class Tag(Task):
     max_length: int = 512
 
     @classmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Tagged:
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Tagged:
         """Words and tags of one file, table or directory of slots."""
         words, tags = columns.get("words"), columns.get("tags")
         if words and words == tags:

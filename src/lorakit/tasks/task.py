@@ -22,6 +22,7 @@ from lorakit.rules import plan as make_plan
 from lorakit.tasks.base import Base, load_base
 from lorakit.trunk import Trunk
 
+_SHOWN = 5  # rows that a message names
 Scores = Callable[[Examples], Tensor]  # what a task's `scores` gives for all examples: the trunk is run for it
 
 
@@ -58,7 +59,7 @@ class Task(ABC):
     asks: ClassVar[tuple[str, ...]] = ()  # what a caller may ask of `evaluate`
     choices: ClassVar[tuple[str, ...]] = ()  # what a caller may set for `fit`: fields of the task, kept in its note
     peft_task: ClassVar[str] = ""  # PEFT's task_type
-    try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with
+    try_it: ClassVar[str] = "..."  # a text to try a fitted adapter with; "" where it takes no single text
     untold: ClassVar[tuple[str, ...]] = ()  # entries of `note` that are not for people to read
     from_scratch: bool = False  # the base knows nothing yet, and learns as a whole
     coupled: ClassVar[bool] = False  # the loss looks at all examples of a step together: see `coupled_loss`
@@ -67,8 +68,8 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, source: Any, *, answers: bool = True, **columns: str | None) -> Part:
-        """The rows of one table; without what is to be learned if not `answers`."""
+    def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Part:
+        """The rows of one table; without what is to be learned if not `answers`. A column may be named `source`."""
 
     @classmethod
     def refuse_other(cls, rows: Part) -> None:
@@ -210,8 +211,12 @@ def refuse_long(rows: Part, lines: Sequence[int], ids: Sequence[Sequence[int]], 
     long = [(line, len(entry)) for line, entry in zip(lines, ids) if len(entry) > max_length]
     if long:
         line, n = max(long, key=lambda pair: pair[1])
+        known = list(dict.fromkeys(map(str, dict(long))))
+        more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+        which = f" (rows {', '.join(known[:_SHOWN])}{more})" if len(known) > 1 else ""
         refuse(
             [BadRow(rows.source, row, f"it has {count} tokens, and {max_length} are the most") for row, count in long],
-            f"'{rows.source}': {len(long)} of {len(ids)} texts are longer than {max_length} tokens, the longest in row "
-            f"{line} with {n}; shorten them, or pass --truncate to cut them",
+            f"'{rows.source}': {len(long)} of {len(ids)} texts are longer than {max_length} tokens{which}, the longest "
+            f"in row {line} with {n}",
+            "shorten them, or pass --truncate to cut them",
         )

@@ -62,7 +62,7 @@ class Translate(Writing):
     scale: float
 
     @classmethod
-    def read(cls, source: str | Path, *, answers: bool = True, **columns: str | None) -> Translations:
+    def read(cls, source: str | Path, /, *, answers: bool = True, **columns: str | None) -> Translations:
         """Texts and targets of one table."""
         return load_translations(source, source=columns.get("source"), target=columns.get("target"), targets=answers)
 
