@@ -4,7 +4,12 @@ example: lorakit predict runs/demo --say "Where is my parcel?" --say "I want my 
 """
 
 import argparse
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from lorakit.cli import Reply
 from lorakit.cli.common import bar, columns_for, data_arguments, device_argument, flags_for, say
@@ -28,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help="file with texts; labels or answers in it are not read")
     parser.add_argument("--say", action="append", default=[], metavar="TEXT", help="a text; repeat it for more")
     parser.add_argument("--say2", action="append", default=[], metavar="TEXT", help="its second text, for pairs")
+    parser.add_argument("--out", metavar="FILE", help="write the answers there, a JSON line for each row, as they come")
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
     device_argument(parser)
     data_arguments(parser)
@@ -37,25 +43,69 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, predicts, prints."""
+    from lorakit.data.streamed import read_or_streamed
     from lorakit.errors import UsageError
-    from lorakit.fit.use import open_run, predict
+    from lorakit.fit.use import open_run
 
     if bool(args.data) == bool(args.say):
         raise UsageError("give either a file with texts or --say TEXT")
     if args.say2 and len(args.say2) != len(args.say):
         raise UsageError(f"{len(args.say)} --say and {len(args.say2)} --say2; a pair needs one of each")
+    if args.out and Path(args.out).exists():
+        raise UsageError(f"'{args.out}' is there already; name another file with --out, or remove it")
     opened = open_run(args.run)
     task = opened[1]
     if args.say2 and "text2" not in task.columns:
         raise UsageError(f"task '{task.name}' takes no --say2: it knows no pairs of texts")
     options = flags_for(task, args, [name.replace("-", "_") for name in _OPTIONS], task.options)
-    columns = columns_for(task, args)
+    read = partial(task.read, answers=False, **columns_for(task, args))
     said = list(zip(args.say, args.say2)) if args.say2 else args.say
-    rows = task.read(args.data, answers=False, **columns) if args.data else task.asked(said)
+    if not args.data:
+        rows = task.asked(said)
+    else:
+        rows = read_or_streamed(args.data, read, None) if args.out else read(args.data)
     base = task.load_base(args.base) if args.base else None
-    watch = bar(len(rows), "row") if args.data else None
-    found = predict(opened, rows, base=base, truncate=args.truncate, device=args.device, watch=watch, **options)
-    unfinished = sum(getattr(one, "stopped", None) is False for one in found)
+    options |= {"base": base, "truncate": args.truncate, "device": args.device}
+    found = _answers(opened, rows, options, bool(args.data))
+    if args.out:
+        return _written(args.out, found)
+    answers = [one for part in found for one in part]
+    unfinished = _unfinished(answers)
     if unfinished:
-        say(f"note: {unfinished} of {len(found)} answers were cut at their bound; --max-new-tokens N moves it")
-    return Reply(task.shown(found), [asdict(one) for one in found])
+        say(f"note: {unfinished} of {len(answers)} answers were cut at their bound; --max-new-tokens N moves it")
+    return Reply(task.shown(answers), [asdict(one) for one in answers])
+
+
+def _answers(opened: Any, rows: Any, options: dict[str, Any], shows: bool) -> Iterator[list[Any]]:
+    """The answers, part by part."""
+    from lorakit.fit.use import predictions
+
+    tell = bar(len(rows), "row") if shows else None
+    done = 0
+    watch = None if tell is None else lambda now, _: tell(done + now, len(rows))
+    for answers in predictions(opened, rows.chunks(), watch=watch, **options):
+        done += len(answers)
+        yield answers
+
+
+def _written(place: str, found: Iterator[list[Any]]) -> Reply:
+    """Writes the answers, and tells how many."""
+    from lorakit.files import write_lines
+
+    counts = {"rows": 0, "unfinished": 0}
+
+    def lines() -> Iterator[str]:
+        for answers in found:
+            counts["rows"] += len(answers)
+            counts["unfinished"] += _unfinished(answers)
+            yield from (json.dumps(asdict(one), ensure_ascii=False) for one in answers)
+
+    write_lines(Path(place), lines())
+    if counts["unfinished"]:
+        say(f"note: {counts['unfinished']} answers were cut at their bound; --max-new-tokens N moves it")
+    return Reply(f"{counts['rows']:,} answers written to '{place}'", {"out": place, **counts})
+
+
+def _unfinished(answers: Sequence[Any]) -> int:
+    """How many answers were cut at their bound."""
+    return sum(getattr(one, "stopped", None) is False for one in answers)

@@ -16,6 +16,7 @@ from lorakit.data.batches import Examples
 from lorakit.data.faults import gathered, skipping, usable
 from lorakit.data.memory import in_memory
 from lorakit.data.rows import Part
+from lorakit.data.streamed import Streamed, joined
 from lorakit.device import resolve_device
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
 from lorakit.files import read_json, read_tensors
@@ -116,11 +117,30 @@ def predict(
     _refuse_single(opened[1], given)
     if not len(given):
         raise DataError("there is no text to predict")
-    _refuse_unknown(opened[1], options, opened[1].options)
     rows = given if isinstance(given, Part) else opened[1].asked(given)
-    opened[1].refuse_other(rows)
+    if isinstance(rows, Streamed):
+        rows = joined(list(rows.chunks()))
+    return next(predictions(opened, [rows], base=base, truncate=truncate, device=device, watch=watch, **options))
+
+
+def predictions(
+    run: Run,
+    parts: Iterable[Part],
+    *,
+    base: Base | None = None,
+    truncate: bool = False,
+    device: str = "auto",
+    watch: Watch | None = None,
+    **options: Any,
+) -> Iterator[list[Any]]:
+    """The answers to the rows of each part, one part after the other, as `predict` gives them; for rows that need not
+    all be in memory. `watch` counts within a part."""
+    opened = opened_run(run)
+    _refuse_unknown(opened[1], options, opened[1].options)
     with used(opened, base, device, watch) as (task, own, scores):
-        return task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
+        for rows in parts:
+            task.refuse_other(rows)
+            yield task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
 
 
 def _refuse_single(task: Task, given: object) -> None:
