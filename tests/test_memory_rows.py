@@ -64,7 +64,7 @@ def test_faults_name_the_row_or_the_column():
         ({"text": ["a", "b"], "label": ["x"]}, DataError, "unlike length: 'text' has 2, 'label' has 1"),
         ({"text": "a", "label": "b"}, UsageError, "must have a list for each column"),
         ([{"txt": "a", "label": "b"}] * 9, DataError, "'the rows in memory' has no column with a usual name"),
-        ([], DataError, "'the rows in memory' "),
+        ([], DataError, "the rows in memory: there are none"),
         (None, UsageError, "the data is NoneType None; give a file"),
     ):
         with pytest.raises(error, match=words):

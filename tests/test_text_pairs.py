@@ -140,7 +140,8 @@ def test_a_fitted_pair_model_predicts_evaluates_and_says_what_it_wants(place, ru
     assert sum(right) > 0.8 * len(right)
     assert (found[0].text, found[0].text2) == (rows.texts[0], rows.others[0])
     for given, words in (
-        (["i like rain"], "'texts' has single texts, and pairs of texts were learned; give two texts"),
+        ([None], r"row 1 is None; it must be a text"),
+        (["i like rain"], "'texts' has single texts, and pairs of texts were learned; give a second one to each"),
         ([("a", "b"), "c"], r"row 2 is 'c'; it must be a pair of texts"),
         ([("a", "b", "c")], "it must be a pair of texts"),
         ([("a", " ")], "row 1 has an empty text"),
@@ -176,7 +177,7 @@ def test_a_model_of_single_texts_refuses_pairs(place, base):
     result = lk.fit(base, data, **{**QUICK, "epochs": 1})
     task = Classify.from_note(result.adapter.meta["task"])
     assert not task.pairs
-    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; name the column"):
+    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; leave --say2 out"):
         lk.predict((result.adapter, task), [("a", "b")], base=base)
 
 

@@ -52,6 +52,8 @@ def in_memory(data: object, name: str = NAME) -> Memory:
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
         return Memory(data.to_dict("records"), name)
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        if not data:
+            raise DataError(f"{name}: there are none")
         return Memory(data, name)
     raise UsageError(
         f"the data is {type(data).__name__} {data!r:.60}; give a file, a directory, demo:support, a list of dicts, a "

@@ -18,7 +18,7 @@ from lorakit.data.sources import load_rows
 from lorakit.errors import DataError, UsageError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
+from lorakit.tasks.pooled import GIVEN, Pooled, given_texts, noted, second_texts, table_of, used, whole
 from lorakit.tasks.task import TASKS, Measured, Scores
 
 
@@ -86,7 +86,7 @@ class Classify(Pooled):
     def asked(cls, given: Sequence[Any]) -> Rows:
         """Texts, or pairs of them, without labels."""
         texts, others, lines = given_texts(given)
-        return Rows(texts, None, "texts", lines, others)
+        return Rows(texts, None, GIVEN, lines, others)
 
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Classify":

@@ -22,7 +22,7 @@ from lorakit.data.rows import Splits, in_order
 from lorakit.errors import DataError, UsageError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import interval
-from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, table_of, used, whole
+from lorakit.tasks.pooled import GIVEN, Pooled, given_texts, noted, second_texts, table_of, used, whole
 from lorakit.tasks.task import TASKS, Measured, Scores
 
 _THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
@@ -91,7 +91,7 @@ class Labels(Pooled):
     def asked(cls, given: Sequence[Any]) -> LabelSets:
         """Texts, or pairs of them, without labels."""
         texts, others, lines = given_texts(given)
-        return LabelSets(texts, None, "texts", lines, others)
+        return LabelSets(texts, None, GIVEN, lines, others)
 
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Labels":

@@ -22,6 +22,7 @@ from lorakit.tasks.heads import give_head
 from lorakit.tasks.task import Task, refuse_long
 from lorakit.trunk import Segments
 
+GIVEN = "texts"  # the name of rows that were given, not read
 HEAD = "classifier"
 
 
@@ -55,9 +56,11 @@ class Pooled(Task):
     def tokens(self, rows: Texts, labels: Sequence[tuple[float, ...]], tokenizer: Any, truncate: bool) -> Tokens:
         """Token ids of all rows with their labels."""
         if (rows.others is not None) is not self.pairs:
-            want, way = ("pairs of texts", "give two texts for each row: --text and --text2 name their columns")
+            want, way = "pairs of texts", "give two for each row: --text and --text2 name their columns"
             if not self.pairs:
-                want, way = ("single texts", "name the column of the texts with --text alone")
+                want, way = "single texts", "name the column of the texts with --text alone"
+            if rows.source == GIVEN:
+                way = "give a second one to each with --say2" if self.pairs else "leave --say2 out"
             raise DataError(f"'{rows.source}' has {rows.kind}, and {want} were learned; {way}")
         texts: list[list[str]] = [list(rows.texts)]
         if rows.others is not None:
@@ -100,7 +103,7 @@ def noted(note: Mapping[str, Any]) -> dict[str, Any]:
 
 def given_texts(given: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None, tuple[int, ...]]:
     """Texts, second texts (None where no pairs are given), row numbers. DataError for what is neither text nor pair."""
-    pairs = bool(given) and not isinstance(given[0], str)
+    pairs = next((not isinstance(one, str | bytes) for one in given if isinstance(one, Sequence)), False)
     want = "a pair of texts" if pairs else "a text"
     rows = [tuple(one) if pairs and isinstance(one, Sequence) and not isinstance(one, str) else (one,) for one in given]
     faults: list[str] = []
@@ -110,7 +113,7 @@ def given_texts(given: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...] 
         elif not all(text.strip() for text in row):
             faults.append(f"row {line} is empty" if not pairs else f"row {line} has an empty text")
     if faults:
-        raise DataError(f"'texts': {listed(faults, 5)}")
+        raise DataError(f"'{GIVEN}': {listed(faults, 5)}")
     others = tuple(row[1] for row in rows) if pairs else None
     return tuple(row[0] for row in rows), others, tuple(range(1, len(rows) + 1))
 

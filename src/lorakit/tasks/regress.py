@@ -19,7 +19,7 @@ from lorakit.data.rows import Splits
 from lorakit.errors import DataError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import interval
-from lorakit.tasks.pooled import Pooled, given_texts, noted, second_texts, used, whole
+from lorakit.tasks.pooled import GIVEN, Pooled, given_texts, noted, second_texts, used, whole
 from lorakit.tasks.task import TASKS, Measured, Scores
 
 Floats = NDArray[np.float64]
@@ -80,7 +80,7 @@ class Regress(Pooled):
     def asked(cls, given: Sequence[Any]) -> Rated:
         """Texts, or pairs of them, without numbers."""
         texts, others, lines = given_texts(given)
-        return Rated(texts, None, "texts", lines, others)
+        return Rated(texts, None, GIVEN, lines, others)
 
     @classmethod
     def of(cls, data: Splits[Any], base: Base) -> "Regress":
