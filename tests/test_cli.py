@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -125,7 +126,10 @@ def test_predict_evaluate_inspect_truncate_convert_merge(place, capsys, tmp_path
     code, out, _ = told(capsys, "inspect", run, "--base", place / "base")
     assert code == 0
     assert "encoder.layer.0.attention.self.query" in out
-    assert told(capsys, "truncate", run, "--rank", "8", "--out", tmp_path / "same")[0] == 0
+    code, out, _ = told(capsys, "truncate", run, "--rank", "8", "--out", tmp_path / "same")
+    assert (code, "note: nothing was cut" in out) == (0, True)
+    code, out, _ = told(capsys, "truncate", run, "--rank", "4", "--out", tmp_path / "small")
+    assert (code, "note: " in out) == (0, False)
     assert lk.load(tmp_path / "same") == lk.load(run / "adapter")
     code, _, err = told(capsys, "convert", run, "--to", "peft", "--out", tmp_path / "peft")
     assert code == 0, err
@@ -165,6 +169,42 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
         pool = hidden[:, 0] if task.pool == "cls" else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         found = pool @ head["classifier.weight"].T + head["classifier.bias"]
     assert float((expected - found).abs().max()) < 1e-4  # fp32 sums in another order, through two layers
+
+
+def test_rules_that_no_model_could_have_are_refused_before_anything_is_read(capsys, tmp_path):
+    for words, part in (
+        (["--rank", "0"], "rank is 0; use a whole number, 1 or more"),
+        (["--layers", "attention=0"], "rank is 0;"),
+        (["--method", "lorra"], "did you mean 'lora'"),
+        (["--start", "kaming"], "did you mean 'kaiming'"),
+        (["--scale", "16/x"], "scale '16/x' is neither"),
+        (["--bias", "all-of-it"], "bias is 'all-of-it'"),
+    ):
+        code, _, err = told(capsys, "fit", tmp_path / "no base", tmp_path / "no.csv", "--out", tmp_path / "x", *words)
+        assert code in (1, 2)
+        assert part in err
+        assert "no base" not in err and "no.csv" not in err
+
+
+def test_progress_is_a_bar_on_a_terminal_and_now_and_then_a_line_in_a_pipe(capsys, monkeypatch):
+    from lorakit.cli import common
+
+    monkeypatch.setattr(common, "_PAUSE_S", 0.0)
+    move = common.bar(30_000, "row")
+    move(1_200, 30_000)
+    assert capsys.readouterr().err == "1,200 of 30,000 rows\n"
+    monkeypatch.setattr(common, "_PAUSE_S", 60.0)
+    common.bar(30_000, "row")(1_200, 30_000)
+    assert capsys.readouterr().err == ""
+    master, slave = os.openpty()  # of no width
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        common.bar(90, "row")(90, 90)
+    shown = b""
+    with os.fdopen(master, "rb", 0) as terminal, suppress(OSError):  # EIO at its end
+        while part := terminal.read(1000):
+            shown += part
+    assert b"0/90" in shown and b"90/90" in shown
 
 
 BAD = [

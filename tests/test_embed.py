@@ -309,6 +309,7 @@ def test_the_command_line_fits_predicts_evaluates_and_merges(place, capsys, tmp_
     assert code == 0, err
     assert "held-out recall_at_1" in out
     assert "triples; first row" in err
+    assert "the model sees: [CLS] " in err and err.count(" | ") >= 2
     task = open_run(tmp_path / "run")[1]
     assert task == Embed("cls", 24, 0.1, True)
     code, out, err = told(capsys, "predict", tmp_path / "run", "--say", "rain", "--json")

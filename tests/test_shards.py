@@ -15,7 +15,7 @@ from lorakit.errors import UsageError
 from lorakit.tasks.base import load_base
 from lorakit.trunk import Trunk
 from lorakit.trunk.segments import Segments
-from lorakit.trunk.shards import Peers, Shards, frozen_bytes
+from lorakit.trunk.shards import Peers, Shards, frozen_bytes, told
 from several import begin, end, losses, waited
 from tiny_chat import CHATML, pairs, tiny_causal
 from tiny_text import WORDS, small_task, tiny_bert
@@ -120,6 +120,18 @@ def test_gradients_are_those_of_the_whole_and_the_weights_come_back_bit_for_bit(
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in after.values())
 
 
+def test_too_few_blocks_spare_nothing_which_is_told() -> None:
+    block = 96 * 80 * 4
+    for size, n_blocks, spared in ((2, 3, 1 / 2), (2, 2, 0), (3, 2, 1 / 3), (3, 1, -1 / 3), (2, 1, -1 / 2)):
+        model = nn.Sequential(*(nn.Linear(80, 96, bias=False) for _ in range(n_blocks))).requires_grad_(False)
+        with Shards(model, list(model), Peers(size, 0, lambda *_: None)) as shards:
+            assert shards.spared == round(spared * block)
+            found = told([shards], size)
+        least = {2: 3, 3: 2}[size]
+        assert bool(found) == (n_blocks < least)
+        assert all(f"of {n_blocks} blocks" in line and f"it takes {least} blocks or more" in line for line in found)
+
+
 def test_after_an_error_the_weights_are_empty_and_nobody_is_waited_for() -> None:
     def work(peers: Peers) -> Net:
         model = net()
@@ -180,8 +192,10 @@ def test_one_process_has_nobody_to_divide_with(place: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_with_half_the_base_each_end_as_with_the_whole(place: Path) -> None:
     end(begin(place, "whole", "--ema", "0.5", size=1))
-    told = end(begin(place, "parts", "--ema", "0.5", "--shard", "--tokens-per-pass", "24"))  # unlike numbers of passes
-    assert "each process holds" in told[0][0]
+    output = end(
+        begin(place, "parts", "--ema", "0.5", "--shard", "--tokens-per-pass", "24")
+    )  # unlike numbers of passes
+    assert "each process holds" in output[0][0]
     found, wanted = (losses(place / name) for name in ("parts", "whole"))
     assert len(found) == len(wanted) > 20
     assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-5
@@ -194,6 +208,7 @@ def test_two_processes_with_half_the_base_each_end_as_with_the_whole(place: Path
     divided = sum(p.nbytes for p in base.encoder.layer.parameters() if p.ndim > 1)
     whole_bytes = sum(p.nbytes for p in base.parameters()) - divided
     assert held <= whole_bytes + divided // 2 + divided // 2 + 4096  # two blocks: half of both, and the room for one
+    assert any("shard spares no memory here: of 2 blocks" in note for note in summary["notes"])
 
     begun = begin(place, "lost", "--ema", "0.5", "--shard", "--tokens-per-pass", "24")
     waited(lambda: (place / "lost" / "checkpoint" / "state.json").is_file())

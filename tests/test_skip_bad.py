@@ -461,6 +461,41 @@ def test_a_run_goes_on_with_the_same_rows(place, bases, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped"]["rows"] == 2
 
 
+def test_images_that_cannot_be_read_are_named_of_all_parts_at_once(place, bases):
+    files = write(place, "cuts", "image", "train", {"image": "cut.png", "label": "a"})
+    with files["test"].open("a") as file:
+        file.write(json.dumps({"image": "cut.png", "label": "b"}) + "\n")
+    with pytest.raises(
+        DataError, match=r"(?s)row 4:.*row 6:.*test.jsonl' row 25:.*leave these 3 rows out.*--skip-bad 3$"
+    ):
+        lk.fit(bases["vit"](), read("image", files), "image", max_steps=1)
+
+
+def test_of_users_and_items_only_those_that_are_used_are_counted(place, bases, capsys):
+    base = bases["tables"]()
+    base.model.save_pretrained(place / "films")
+    base.tokenizer.save_pretrained(place / "films")
+    files = write(place, "odd", "recommend", "train", {"user": "odd", "item": "i0", "time": 1}, places=(3,))
+    words = ["fit", place / "films", files["train"], "--valid", files["valid"], "--test", files["test"]]
+    words += ["--task", "recommend", "--max-steps", "1", "--rank", "2", "--skip-bad", "1", "--out", place / "odd"]
+    assert main([*map(str, words), "--overwrite"]) == 0
+    assert "\n4 users, 48 items; first row" in capsys.readouterr().err
+
+
+def test_tags_of_another_scheme_are_named_by_their_rows(place, bases):
+    for bad, why in (
+        (
+            {"words": ["a", "b"], "tags": ["O", "1"]},
+            "tag '1' has no prefix, and 'B-x' has one, as those of 96 rows have",
+        ),
+        ({"words": ["a"], "tags": [7]}, "tag '7' has no prefix"),
+    ):
+        files = write(place, "tags", "tag", "valid", bad)
+        with pytest.raises(DataError, match=f"(?s)row 4: {why}.*row 6: .*one scheme; or leave these 2 rows"):
+            read("tag", files)
+        assert [one.row for one in read("tag", files, skip_bad=2).skipped] == [4, 6]
+
+
 # ---------------------------------------------------------------- evaluate, predict, the command line
 
 MEASURED = [  # task, base, a row that a run cannot measure
@@ -527,7 +562,7 @@ def test_the_command_line_counts_what_it_leaves_out(place, bases, capsys):
         assert told_ in capsys.readouterr().err
     assert main([*words, "--skip-bad", "3"]) == 0
     streams = capsys.readouterr()
-    assert "note: 2 bad rows were left out: " in streams.err
+    assert "note: 3 bad rows were left out: " in streams.err
     assert "3 bad rows were left out: " in streams.out and "bad_test.jsonl' row 25" in streams.out
     assert json.loads((place / "cli" / "summary.json").read_text())["skipped"]["rows"] == 3
     words = ["evaluate", str(place / "cli"), str(files["train"])]

@@ -131,4 +131,7 @@ def test_tags_that_training_has_not_seen_are_refused_but_a_prefix_more_is_not(tm
     assert both.faults(other, other) == []
     assert "tag 'B-y' does not occur" in both.faults(wrong, train)[0]
     assert "'z' has no prefix" in both.faults(plain, train)[0]
+    assert both.faults(plain, plain)[0].startswith(
+        "'the rows in memory' row 1: tag 'B-x' has a prefix, and 'z' has none"
+    )
     assert "one tag only ('O')" in load_tagged(in_memory([{"words": "a", "tags": "O"}])).faults(train, train)[0]

@@ -10,7 +10,7 @@ from lorakit.describe import describe, locate, walk
 from lorakit.errors import PlanError, UsageError, listed, nearest
 from lorakit.kinds.parameter import bias_name
 from lorakit.method import METHODS, STARTS, check_plan
-from lorakit.plan import LayerPlan, Plan
+from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.update import LayerSpec
 
 GROUPS: Mapping[str, frozenset[str]] = {
@@ -51,8 +51,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"plan takes a torch module, not {type(model).__name__}")
-    if METHODS[method].takes_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise PlanError(f"rank is {rank!r}; use a whole number, 1 or more")
+    refuse_rules(rank, method, scale, start, bias)
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
     ranks = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, rank)
@@ -72,7 +71,7 @@ def plan(
             faults.append(f"'{rule}' matches {len(matched)} layers, but none in blocks {sorted(keep or ())}")
         for spec in inside:
             chosen[spec.path] = min(rule_rank, spec.max_rank) if clip_rank else rule_rank
-    takes_rank = METHODS[method].takes_rank and STARTS[start] is not None  # unknown names end here, said once
+    takes_rank = METHODS[method].takes_rank
     ready = {
         rank: LayerPlan(method, rank if takes_rank else 0, scale, start if takes_rank else "")
         for rank in set(chosen.values())
@@ -84,6 +83,17 @@ def plan(
     result = Plan(entries, tuple(trained) + _biases(model, entries, bias))
     resolve_trained(model, result.trained)
     return result
+
+
+def refuse_rules(rank: int, method: str, scale: float | str, start: str, bias: str) -> None:
+    """PlanError or UsageError for what would be refused of any model."""
+    takes_rank = METHODS[method].takes_rank and STARTS[start] is not None  # unknown names end here
+    if takes_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise PlanError(f"rank is {rank!r}; use a whole number, 1 or more")
+    if takes_rank:
+        resolve_scale(scale, rank)
+    if bias not in ("none", "adapted", "all"):
+        raise PlanError(f"bias is {bias!r}; use 'none', 'adapted' or 'all'")
 
 
 def matches_rule(spec: LayerSpec, rule: str) -> bool:
@@ -148,8 +158,6 @@ def _blocks(blocks: str | Iterable[int] | None, specs: Sequence[LayerSpec]) -> s
 def _biases(model: nn.Module, entries: Mapping[str, LayerPlan], bias: str) -> tuple[str, ...]:
     if bias == "none":
         return ()
-    if bias not in ("adapted", "all"):
-        raise PlanError(f"bias is {bias!r}; use 'none', 'adapted' or 'all'")
     places = (locate(model, path) for path in entries)
     adapted = {(id(place.module), bias_name(place.module, place.parameter)) for place in places if place is not None}
     names = [

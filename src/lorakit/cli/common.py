@@ -3,10 +3,13 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+_USUAL = 80, 24  # columns and rows of a terminal that does not tell them
+_PAUSE_S = 10.0  # between lines that tell how far it is
 TASK_WORDS = {
     "classify": "one label for each text",
     "generate": "a written answer to each prompt",
@@ -82,9 +85,10 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-rank", action="store_true", help="lower the rank where a layer's side demands it")
 
 
-def plan_from(args: argparse.Namespace, model: Any, task: Any) -> Any:
-    """The plan that the flags describe, for this task."""
+def rules_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as arguments of `lorakit.plan`. PlanError or UsageError for what no model could have."""
     from lorakit.errors import UsageError
+    from lorakit.rules import refuse_rules
 
     rules: dict[str, int] = {}
     for rule in args.layers or []:
@@ -99,18 +103,19 @@ def plan_from(args: argparse.Namespace, model: Any, task: Any) -> Any:
         scale: float | str = float(args.scale)
     except ValueError:
         scale = args.scale
-    return task.plan(
-        model,
-        args.rank,
-        rules or None,
-        method=args.method,
-        scale=scale,
-        start=args.start,
-        blocks=args.blocks,
-        trained=args.trained,
-        bias=args.bias,
-        clip_rank=args.clip_rank,
-    )
+    for rank in {args.rank, *rules.values()}:
+        refuse_rules(rank, args.method, scale, args.start, args.bias)
+    return {
+        "rank": args.rank,
+        "layers": rules or None,
+        "method": args.method,
+        "scale": scale,
+        "start": args.start,
+        "blocks": args.blocks,
+        "trained": args.trained,
+        "bias": args.bias,
+        "clip_rank": args.clip_rank,
+    }
 
 
 def plan_flags_given(args: argparse.Namespace) -> list[str]:
@@ -191,7 +196,9 @@ def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
         from tqdm import tqdm
     except ImportError:
         raise MissingExtraError("tqdm", "text") from None
-    bar = tqdm(total=n_total, unit=unit, dynamic_ncols=True)
+    told = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    look: dict[str, Any] = {"dynamic_ncols": True} if told else {"ncols": _USUAL[0], "nrows": _USUAL[1]}
+    bar = tqdm(total=n_total, unit=unit, **look)
 
     def move(done: int, note: str) -> None:
         bar.set_postfix_str(note, refresh=False)
@@ -202,10 +209,19 @@ def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
     return move
 
 
-def bar(n_total: int, unit: str) -> Callable[[int, int], None] | None:
-    """`progress` for whoever tells how many are done, and of how many."""
-    move = progress(n_total, unit)
-    return None if move is None else lambda done, _: move(done, "")
+def bar(n_total: int, unit: str) -> Callable[[int, int], None]:
+    """`progress` for whoever tells how many are done, and of how many; in a pipe a line every ten seconds."""
+    move, last = progress(n_total, unit), time.monotonic()
+
+    def tell(done: int, _: int) -> None:
+        nonlocal last
+        if move is not None:
+            move(done, "")
+        elif time.monotonic() - last >= _PAUSE_S:
+            last = time.monotonic()
+            say(f"{done:,} of {n_total:,} {unit}s")
+
+    return tell
 
 
 def size(n_bytes: int) -> str:

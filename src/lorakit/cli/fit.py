@@ -18,6 +18,7 @@ example: lorakit fit minilm demo:support --out runs/demo
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -33,8 +34,8 @@ from lorakit.cli.common import (
     flags_for,
     layer_arguments,
     plan_flags_given,
-    plan_from,
     progress,
+    rules_from,
     say,
     size,
     speaks,
@@ -112,7 +113,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Loads, trains, reports."""
     from lorakit.data import load_splits
-    from lorakit.data.faults import skipping, told, usable
+    from lorakit.data.faults import skipping, usable
     from lorakit.device import resolve_device
     from lorakit.errors import StoppedError, UsageError
     from lorakit.fit.directory import claim
@@ -135,44 +136,48 @@ def run(args: argparse.Namespace) -> Reply:
     seed = settings.get("seed", 0)
     if args.plan and plan_flags_given(args):
         raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
+    out, rules = Path(args.out), rules_from(args)
     with skipping(settings.get("skip_bad", 0)):
         data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
         data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
-    for line in told(data.skipped):
-        say(f"note: {line}")
-    say(
-        f"{base.name}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, "
-        f"{len(data.test)} to report on"
-    )
-    if n_leaks := data.n_leaks:
-        say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the result")
-    say(data.train.about())
-    plan = Plan.load(args.plan) if args.plan else plan_from(args, base.model, task)
-    out = Path(args.out)
-    try:
-        result = fit(
-            base,
-            data,
-            args.task,
-            plan=plan,
-            out=out,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            consume=True,
-            watch=_Watch(task),
-            **settings,
-        )
-    except KeyboardInterrupt:
-        kept = (out / "checkpoint").is_dir()
-        way = (
-            "the same command with --resume goes on from its checkpoint"
-            if kept
-            else "no checkpoint was written yet, --overwrite begins anew"
-        )
-        raise StoppedError(f"interrupted; {way} ('{out}')") from None
+        plan = Plan.load(args.plan) if args.plan else task.plan(base.model, **rules)
+        try:
+            result = fit(
+                base,
+                data,
+                args.task,
+                plan=plan,
+                out=out,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                consume=True,
+                watch=_Watch(task),
+                ready=partial(_tell, base.name),
+                **settings,
+            )
+        except KeyboardInterrupt:
+            kept = (out / "checkpoint").is_dir()
+            way = (
+                "the same command with --resume goes on from its checkpoint"
+                if kept
+                else "no checkpoint was written yet, --overwrite begins anew"
+            )
+            raise StoppedError(f"interrupted; {way} ('{out}')") from None
     if not speaks():
         return Reply("", {})
     return Reply(_report(task, result.summary, args.out), {**result.summary, "out": args.out})
+
+
+def _tell(base: str, data: Any) -> None:
+    """Which rows are used, and what they are."""
+    from lorakit.data.faults import told
+
+    for line in told(data.skipped):
+        say(f"note: {line}")
+    say(f"{base}: {len(data.train)} rows to learn from, {len(data.valid)} to choose by, {len(data.test)} to report on")
+    if n_leaks := data.n_leaks:
+        say(f"note: {n_leaks} texts are in the training rows and in the held-out rows too, which flatters the result")
+    say(data.train.about())
 
 
 def _settings(args: argparse.Namespace, task: Any) -> dict[str, Any]:

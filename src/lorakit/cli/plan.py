@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import BASE_HELP, TASK_HELP, layer_arguments, plan_from
+from lorakit.cli.common import BASE_HELP, TASK_HELP, layer_arguments, rules_from
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.method import METHODS
     from lorakit.tasks.task import TASKS
 
-    base = TASKS[args.task].base_for(args.base, None)
-    plan = plan_from(args, base.model, TASKS[args.task])
+    task, rules = TASKS[args.task], rules_from(args)
+    base = task.base_for(args.base, None)
+    plan = task.plan(base.model, **rules)
     specs = {spec.path: spec for spec in describe(base.model)}
     count = sum(METHODS[entry.method].size(specs[path], entry.rank) for path, entry in plan.layers.items())
     total = sum(parameter.numel() for parameter in base.model.parameters())

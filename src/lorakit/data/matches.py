@@ -76,8 +76,10 @@ class Matches(Part):
 
     def about(self) -> str:
         """What the rows are, and the first one."""
-        other = self.labels or self.positives or ("",)
-        return f"{len(self)} {self.form}; first row: {self.queries[0][:60]!r} and {other[0][:60]!r}"
+        first = f"{len(self)} {self.form}; first row: {self.queries[0][:60]!r}"
+        if self.labels is not None:
+            return f"{first} -> {self.labels[0][:60]}"
+        return first if self.positives is None else f"{first} and {self.positives[0][:60]!r}"
 
     def classes(self) -> tuple[str, ...] | None:
         """The labels, where there are any."""

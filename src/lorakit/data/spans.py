@@ -27,13 +27,21 @@ class Place(NamedTuple):
 def scheme_of(tags: Iterable[str]) -> str:
     """ "prefixed", "runs" or "words": how these tags, all that there are, mark spans. DataError for a mixture."""
     found = set(tags)
-    odd = sorted(tag for tag in found - {OUTSIDE} if not _PREFIXED.match(tag))
-    if not odd:
-        return "prefixed"
-    even = sorted(tag for tag in found if _parts(tag)[0] in ("B", "I") and _parts(tag)[2])
-    if even:
+    odd, even = plain_and_prefixed(found)
+    if odd and even:
         raise DataError(f"tag '{odd[0]}' has no prefix, and '{even[0]}' has one; write all tags in one scheme")
-    return "runs" if OUTSIDE in found else "words"
+    return ("runs" if OUTSIDE in found else "words") if odd else "prefixed"
+
+
+def plain_and_prefixed(tags: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The tags that cannot have a prefix, and those that cannot be without one; sorted.
+
+    >>> plain_and_prefixed(["city", "B-city", "O", "S"])
+    (['city'], ['B-city'])
+    """
+    found = sorted(set(tags) - {OUTSIDE})
+    odd = [tag for tag in found if not _PREFIXED.match(tag)]
+    return odd, [tag for tag in found if _parts(tag)[0] in ("B", "I") and _parts(tag)[2]]
 
 
 def completed(tags: Iterable[str]) -> tuple[str, ...]:

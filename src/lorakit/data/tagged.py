@@ -21,7 +21,7 @@ from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part
 from lorakit.data.sources import column_of
-from lorakit.data.spans import completed, scheme_of
+from lorakit.data.spans import completed, plain_and_prefixed
 from lorakit.data.tables import SUFFIXES, open_table, read_text
 from lorakit.errors import DataError
 
@@ -85,10 +85,9 @@ class Tagged(Part):
             return faults
         if len(self.known) < 2:
             return [f"'{self.source}' has one tag only ('{next(iter(self.known))}'); at least two are needed to learn"]
-        try:
-            scheme_of(self.known | valid.known | test.known)
-        except DataError as error:
-            return [f"'{self.source}': {error}"]
+        other = _of_another_scheme(self, valid, test)
+        if other:
+            return other
         way = "does not occur in the training rows; add examples of it there, or remove the row"
         known = completed(self.known)
         return [fault for part in (valid, test) for fault in part.unseen(known, way)]
@@ -102,6 +101,28 @@ class Tagged(Part):
             for tag in dict.fromkeys(tags)
             if tag not in seen
         ]
+
+
+def _of_another_scheme(*parts: Tagged) -> list[str]:
+    """The rows with tags of the scheme that fewer rows have, where some have prefixes and others not."""
+    rows = [(part.source, line, set(tags)) for part in parts for line, tags in zip(part.lines, part.tags or ())]
+    kinds = plain_and_prefixed(set().union(*(part.known for part in parts)))
+    if not all(kinds):
+        return []
+    counts = [sum(not tags.isdisjoint(kind) for _, _, tags in rows) for kind in kinds]
+    rare = int(counts[1] < counts[0])
+    usual, n_usual = kinds[1 - rare][0], counts[1 - rare]
+    own, others = ("no prefix", "a prefix")[rare], ("one", "none")[rare]
+    return [
+        BadRow(
+            source,
+            line,
+            f"tag '{min(tags.intersection(kinds[rare]))}' has {own}, and '{usual}' has {others}, as those of {n_usual} "
+            "rows have; write all tags in one scheme",
+        )
+        for source, line, tags in rows
+        if not tags.isdisjoint(kinds[rare])
+    ]
 
 
 def make_tagged(given: Sequence[str | Sequence[str]], source: str = "texts") -> Tagged:

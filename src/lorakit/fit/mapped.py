@@ -52,7 +52,11 @@ def mapped(task: Task, rows: Streamed, tokenizer: Any, key: str | None, *, trunc
         lock.shared()  # waits for who makes it
         found = _read(place / str(key), few, lock)
         if found is None and lock.alone():
-            _make(task, rows, tokenizer, truncate, place / str(key))
+            try:
+                _make(task, rows, tokenizer, truncate, place / str(key))
+            except BaseException:  # whoever keeps it keeps this frame
+                lock.close()
+                raise
             lock.shared()
             found = _read(place / str(key), few, lock)
         if found is not None:

@@ -38,7 +38,7 @@ from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure
 from lorakit.trunk import place_of, placed, resolve_dtype
 from lorakit.trunk.memory import peak_resident
-from lorakit.trunk.shards import Peers, frozen_bytes
+from lorakit.trunk.shards import Peers, frozen_bytes, told
 
 Watch = Callable[[Record, int], None]
 
@@ -73,6 +73,7 @@ def fit(
     overwrite: bool = False,
     consume: bool = False,
     watch: Watch | None = None,
+    ready: Callable[[Splits[Any]], object] | None = None,
     **settings: Any,
 ) -> Result:
     """Trains an adapter, and a head where the task has one; keeps the best by the validation rows; reports on the test
@@ -86,7 +87,8 @@ def fit(
     was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by torchrun,
     its processes share the work of every step, and the first writes. `watch` is called with every Record and the total
     number of steps; before the first with one of kind "start", whose values tell memory: `estimated_bytes`,
-    `free_bytes`, `tokens_per_pass`; and the first row as the model sees it, `seen`.
+    `free_bytes`, `tokens_per_pass`; and the first row as the model sees it, `seen`. `ready` is called with the rows of
+    all parts, once it is known which of them can be used.
     """
     _refuse_other(model)
     kind: type[Task] = TASKS[task]
@@ -107,6 +109,8 @@ def fit(
             data, (goal, parts) = usable(
                 data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
             )
+    if ready is not None:
+        ready(data)
     net, keep = base.model, isinstance(model, Base) and not consume
     moves = place_of(net) != where  # then what it was before waits there
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -126,6 +130,7 @@ def fit(
             if place is not None and not resume and workers.first:
                 clear(place)
             held = frozen_bytes(net, trunk.shards)
+            shards_told = told(trunk.shards, workers.size) if chosen.shard else []
             if chosen.shard and not any(shards.n_bytes for shards in trunk.shards):
                 raise UsageError(f"'{base.name}' has no stack of blocks to divide; leave shard off")
             parts = {name: goal.informed(net, examples, learner.scores) for name, examples in parts.items()}
@@ -173,7 +178,7 @@ def fit(
         "processes": workers.size,
         "skipped": counted(data.skipped),
         "sharded": held if chosen.shard else 0,
-        "notes": notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped),
+        "notes": [*shards_told, *notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped)],
         **tried,
     }
     if place is not None and workers.first:

@@ -138,6 +138,10 @@ class Embed(Task):
         found = Tokens(ids, keys, reads, tuple(lines), tokenizer.pad_token_id or 0)
         return Matched(found, members, rows.lines, classes=rows.labels is not None)
 
+    def preview(self, examples: Matched, number: int, tokenizer: Any) -> str:
+        """The texts of one example as the model sees them."""
+        return "  |  ".join(str(tokenizer.decode(examples.texts.ids[place])) for place in examples.members[number])
+
     def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """The vectors of each example's texts, side by side: `(examples, texts * d)`, float32."""
         vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)

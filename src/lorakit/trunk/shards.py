@@ -58,6 +58,12 @@ class Shards:
         """Bytes of the parts that this process keeps; the room comes to that."""
         return sum(own.nbytes for own in self._own)
 
+    @property
+    def spared(self) -> int:
+        """Bytes that this process is rid of."""
+        whole = sum(weight.nbytes for weights in self._weights for weight in weights)
+        return whole - self.n_bytes - self._room.nbytes
+
     @torch.no_grad()
     def __enter__(self) -> "Shards":
         size, number = self._peers.size, self._peers.number
@@ -106,6 +112,17 @@ def frozen_bytes(model: nn.Module, shards: Sequence[Shards]) -> int:
     """Bytes of the frozen weights that are in this process' memory."""
     storages = (p.untyped_storage() for p in model.parameters() if not p.requires_grad)
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + sum(shard.n_bytes for shard in shards)
+
+
+def told(shards: Sequence[Shards], size: int) -> list[str]:
+    """What is to be said of them where they spare no memory; each of `size` processes has the room beside its part."""
+    if sum(shard.spared for shard in shards) > 0:
+        return []
+    counts, least = "+".join(str(len(shard.blocks)) for shard in shards), size // (size - 1) + 1
+    return [
+        f"shard spares no memory here: of {counts} blocks each of {size} processes holds its part, and one block as a "
+        f"whole; it takes {least} blocks or more, so leave shard off"
+    ]
 
 
 def _divided(weight: Tensor) -> bool:
