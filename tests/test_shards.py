@@ -18,6 +18,8 @@ from lorakit.trunk.segments import Segments
 from lorakit.trunk.shards import Peers, Shards, frozen_bytes, told
 from several import begin, end, losses, waited
 from tiny_chat import CHATML, pairs, tiny_causal
+from tiny_image import folder, tiny_vit
+from tiny_seq2seq import pair_table, tiny_seq2seq
 from tiny_text import WORDS, small_task, tiny_bert
 
 place, _, _ = small_task(180)
@@ -243,3 +245,47 @@ def test_divided_bases_learn_to_write_to_prefer_and_to_embed(task: str, dtype: s
     assert max(abs(a - b) for a, b in zip(found, wanted)) < bound * max(wanted)
     summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
     assert summary["prefix"].startswith("off: all processes" if task == "embed" else "off: something")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["translate", "image", "image_text"])
+def test_divided_bases_learn_to_translate_and_to_see(task: str, tmp_path: Path) -> None:
+    base, data = {
+        "translate": ("t5", "pairs.jsonl"),
+        "image": ("vit", "images"),
+        "image_text": ("bert+vit", "posts.csv"),
+    }[task]
+    words = [
+        "-m",
+        "lorakit",
+        "fit",
+        base,
+        data,
+        "--task",
+        task,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "7",
+        "--dtype",
+        "fp32",
+    ]
+    words += ["--tokens-per-pass", "64", "--threads", "1", "--learning-rate", "0.003"]
+    if task == "translate":
+        tiny_seq2seq(tmp_path / "t5")
+        pair_table(tmp_path / "pairs.jsonl", 40)
+    else:
+        tiny_vit(tmp_path / "vit")
+        tiny_bert(tmp_path / "bert")
+        files = sorted(folder(tmp_path / "images", 45).rglob("*.png"))
+        rows = [f"{file},i like {file.parent.name},{file.parent.name}" for file in files]
+        (tmp_path / "posts.csv").write_text("\n".join(["image,text,label", *rows]), encoding="utf-8")
+    end(begin(tmp_path, "whole", size=1, words=words))
+    end(begin(tmp_path, "parts", "--shard", words=words))
+    end(begin(tmp_path, "two", words=words))
+    wanted = losses(tmp_path / "whole")
+    assert len(wanted) > 8
+    for name in ("parts", "two"):
+        found = losses(tmp_path / name)
+        assert len(found) == len(wanted)
+        assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4 * max(wanted), name
