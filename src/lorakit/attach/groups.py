@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.convolution import Convolution, alike, norms_seen
 from lorakit.attach.group import Group, Member
-from lorakit.attach.kernels.conv import Geometry
+from lorakit.attach.kernels.maps import Geometry
 from lorakit.attach.slots import Factors, Slot, slots_of, switch_of
 
 

@@ -6,39 +6,15 @@ have one input gradient, by a convolution with `a` behind the outputs of `W`. A 
 and runs as one (kernels/lora.py): torch's convolutions take 2 to 10 times as long for the same.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.attach.kernels.lora import Layer, Ready, lora_group
-
-
-class Geometry(NamedTuple):
-    """How a kernel moves over its input, in both dimensions."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Geometry | None":
-        """Of a `nn.Conv2d`; None where it has groups or another padding than zeros, which are not done here."""
-        if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.padding_mode != "zeros":
-            return None
-        return None if isinstance(module.padding, str) else cls(module.stride, module.padding, module.dilation)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
-
-    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-        """Of the input and the weight, those that are needed."""
-        rest = [False, [0, 0], 1, [*needs, False]]  # not transposed, no more padding, one group
-        backward = torch.ops.aten.convolution_backward
-        return backward(dy, x, weight, None, self.stride, self.padding, self.dilation, *rest)[:2]  # type: ignore[no-any-return]
+from lorakit.attach.kernels.maps import Geometry, add_conv_pair, conv_pair_gradients, maps_of, rows_of
+from lorakit.attach.kernels.thin import Into
 
 
 def joined(rank: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,47 +23,32 @@ def joined(rank: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([weight.detach().to(dtype), behind]).contiguous(memory_format=torch.channels_last)
 
 
-def _rows(maps: Tensor) -> Tensor:
-    """`(b, c, h, w)` as `(b h w, c)`, without a copy where channels lie last."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
-def _maps(rows: Tensor, b: int, h: int, w: int) -> Tensor:
-    return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
-
-
 class _Conv(torch.autograd.Function):
-    """Inputs: x, (geometry, scale, Ready, joined weight, bias), a, b."""
+    """Inputs: x, (geometry, scale, gain, Ready, joined weight, bias), a, b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: Any, a: Tensor, b: Tensor) -> Tensor:
-        geometry, _, now, weight, bias = how
+        geometry, _, _, now, weight, bias = how
         y: Tensor = geometry.run(x, weight[: -len(now.a)], bias).contiguous(memory_format=torch.channels_last)
-        s = _rows(geometry.run(x, now.a, None))
+        s = add_conv_pair(geometry, x, y, now.a, now.b[0])
         ctx.save_for_backward(x, s, a, b)
         ctx.how = how
-        _rows(y).addmm_(s, now.b[0])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, s, a, b = ctx.saved_tensors
-        geometry, scale, now, weight, _ = ctx.how
-        rows, size, dx, da, db = _rows(dy), (len(dy), *dy.shape[2:]), None, None, None
-        ds = rows @ now.b[0].T
-        if ctx.needs_input_grad[0]:
-            dx = geometry.gradients(_maps(torch.cat([rows, ds], 1), *size), x, weight, (True, False))[0]
-        if ctx.needs_input_grad[2]:
-            da = geometry.gradients(_maps(ds, *size), x, now.a, (False, True))[1][: len(a)].reshape(a.shape)
-        if ctx.needs_input_grad[3]:
-            db = (rows.T @ s)[:, : b.shape[1]] * scale
-        if not now.into:
-            return dx, None, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
-        into_a, into_b = now.into[0]
-        into_a.add_(da)
-        into_b.add_(db)
-        return dx, None, None, None
+        geometry, scale, gain, now, weight, _ = ctx.how
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        into: Into = (now.into or [(_zeros(a, ctx.needs_input_grad[2]), _zeros(b, ctx.needs_input_grad[3]))])[0]
+        both = conv_pair_gradients(geometry, x, s, now.a, now.b[0], dy, into, scale, gain)
+        dx = geometry.gradients(both, x, weight, (True, False))[0] if ctx.needs_input_grad[0] else None
+        return dx, None, *((None, None) if now.into else into)
+
+
+def _zeros(factor: Tensor, wanted: bool) -> Tensor | None:
+    return torch.zeros_like(factor) if wanted else None
 
 
 def lora_conv(x: Tensor, layer: Layer, geometry: Geometry, now: Ready, gain: Tensor | None = None) -> Tensor:
@@ -97,8 +58,7 @@ def lora_conv(x: Tensor, layer: Layer, geometry: Geometry, now: Ready, gain: Ten
     `now`, whose `a (r, i, *kernel)` is a window of that weight. Where the outputs have a `gain (o,)`, it is in the
     weight, the bias and `now.b` already; the gradient of b takes it from here.
     """
-    scale = layer.scale if gain is None else layer.scale * gain[:, None]
-    how = (geometry, scale, now, layer.weight, layer.bias)
+    how = (geometry, layer.scale, gain, now, layer.weight, layer.bias)
     y: Tensor = _Conv.apply(x, how, layer.a, layer.b)  # type: ignore[no-untyped-call]
     return y
 
@@ -108,10 +68,26 @@ def is_product(geometry: Geometry, weight: Tensor) -> bool:
     return tuple(weight.shape[2:]) == (1, 1) and geometry.padding == (0, 0)
 
 
+class _Every(torch.autograd.Function):
+    """Every so many rows and columns of maps, channels last; so is the gradient, which torch's own would reorder."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: tuple[int, int]) -> Tensor:
+        ctx.size, ctx.stride = x.shape, stride
+        return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        b, c, h, w = ctx.size
+        dx = maps_of(dy.new_zeros(b * h * w, c), b, h, w)
+        dx[:, :, :: ctx.stride[0], :: ctx.stride[1]] = dy
+        return dx, None
+
+
 def lora_point(x: Tensor, layer: Layer, geometry: Geometry, now: Ready) -> Tensor:
     """The same for a kernel of 1 x 1; `layer.weight (o, i)` and `now` as `lora_group` takes them."""
-    down, right = geometry.stride
-    if (down, right) != (1, 1):
-        x = x[:, :, ::down, ::right]
+    if geometry.stride != (1, 1):
+        x = _Every.apply(x, geometry.stride)  # type: ignore[no-untyped-call]
     size = len(x), *x.shape[2:]
-    return _maps(lora_group(_rows(x), [layer], now)[0], *size)
+    return maps_of(lora_group(rows_of(x), [layer], now)[0], *size)

@@ -18,8 +18,8 @@ from lorakit.attach.kernels.products import linear
 from lorakit.device import has_triton
 
 Into = tuple[Tensor | None, Tensor | None]  # where gradients of a (rank, i) and b (o, rank) are added; None: not wanted
-_RANK, _WIDTH = 8, 32  # what the C functions divide ranks and widths by
-_WIDEST = 32  # rank up to which they are faster
+RANK, WIDTH = 8, 32  # what the C functions divide ranks and widths by
+WIDEST = 32  # rank up to which they are faster
 
 
 class _Part(ctypes.Structure):
@@ -48,11 +48,10 @@ def _ours(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> bo
         and x.device.type == "cpu"
         and len(x) > 0
         and _functions() is not None
-        and x.shape[1] % _WIDTH == 0
+        and x.shape[1] % WIDTH == 0
         and a.is_contiguous()
         and all(
-            w.is_contiguous() and w.shape[0] % _RANK == 0 and w.shape[0] <= _WIDEST and w.shape[1] % _WIDTH == 0
-            for w in b
+            w.is_contiguous() and w.shape[0] % RANK == 0 and w.shape[0] <= WIDEST and w.shape[1] % WIDTH == 0 for w in b
         )
         and all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in (x, *ys))
     )
