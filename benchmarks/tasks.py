@@ -1,8 +1,9 @@
-"""Every task against peft with the usual recipe: the same base, rows, rank and steps, three seeds, in turn.
+"""Every task against peft with the usual recipe: the same base, rows, rank and steps, a few seeds, in turn.
 
 A module in jobs/ has both sides: `ours(seed, steps)` and `peer(seed, steps)` train and give `metric` (held-out, higher
 is better), `seconds` (of the training steps alone) and `cpu` (processor seconds of them); `PEER` names the recipe,
-`METRIC` the metric, `STEPS` how many. Each side of each seed is a process of its own. Names of jobs select.
+`METRIC` the metric, `STEPS` how many; `SEEDS`, how many runs, where three tell too little. Each side of each seed is a
+process of its own. Names of jobs select.
 
 python benchmarks/tasks.py --quick
 """
@@ -41,7 +42,7 @@ def race(bench: Bench, job: str) -> None:
     about: Any = import_module(f"jobs.{job}")
     steps = about.STEPS // 4 if bench.quick else about.STEPS
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for seed in range(1 if bench.quick else 3):
+    for seed in range(1 if bench.quick else getattr(about, "SEEDS", 3)):
         for name in found if seed % 2 else reversed(found):
             found[name].append(side(job, name, seed, steps))
     for clock, label in (("seconds", "wall"), ("cpu", "cpu")):

@@ -15,6 +15,7 @@ from sides.tokens import fitted, measured, prepared, trained
 PEER = "peft, Trainer, question answering"
 METRIC = "F1 of answers"
 STEPS = 400  # about two epochs
+SEEDS = 6
 
 _BATCH = 4
 
