@@ -1,13 +1,16 @@
 """Bases: files that are missing, broken, or of different models are refused with the reason and the way out."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import lorakit as lk
-from lorakit.errors import FitError, LorakitError
-from lorakit.tasks.base import load_base
+from lorakit.errors import FitError, LorakitError, UsageError
+from lorakit.tasks.base import Base, load_base
 from tiny_image import tiny_vit
 from tiny_text import small_task, tiny_bert
 
@@ -78,3 +81,43 @@ def test_a_base_whose_files_lack_weights_is_refused(place):
     (place / "broken" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(LorakitError, match=r"lack \d+ weights of a BertModel.*random numbers"):
         load_base(str(place / "broken"))
+
+
+def test_the_longest_text_is_what_the_positions_hold(place):
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.RobertaConfig(vocab_size=100, max_position_embeddings=34, pad_token_id=1, **sizes)
+    transformers.RobertaModel(config).save_pretrained(place / "roberta")
+    words = load_base(str(place / "base")).tokenizer
+    words.model_max_length = 10**30
+    words.save_pretrained(place / "roberta")
+    assert load_base(str(place / "roberta")).max_length == 32
+    assert Base(None, words, "b", "cls", words.model_max_length).max_length == 1 << 20
+    assert words(["rain " * 100], truncation=True, max_length=1 << 20)["input_ids"]
+
+
+def test_a_base_of_the_hub_is_used_as_its_own_files_say(place, tmp_path):
+    folder = tmp_path / "models--some--encoder"
+    shutil.copytree(place / "base", folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc" / "1_Pooling" / "config.json").unlink()
+    wishes = {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}}
+    wishes["sentence_bert_config.json"] = {"max_seq_length": 11}
+    code = (
+        "from lorakit.tasks.base import load_base; base = load_base('some/encoder'); print(base.pool, base.max_length)"
+    )
+    for written, told in (({}, f"cls {load_base(str(place / 'base')).max_length}"), (wishes, "mean 11")):
+        for name, values in written.items():
+            (folder / "snapshots" / "abc" / name).write_text(json.dumps(values))
+        env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == told
+
+
+def test_wishes_that_mean_nothing_for_a_base_are_refused(place):
+    with pytest.raises(UsageError, match="head 'both' takes no pool, max_length; load each by itself and join them"):
+        load_base("a+b", head="both", pool="cls", max_length=8)
+    with pytest.raises(UsageError, match="head 'vision' takes no source_prefix"):
+        load_base("a", head="vision", source_prefix="b")

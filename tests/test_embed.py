@@ -283,6 +283,9 @@ def test_rows_that_cannot_be_learned_from_are_refused(place, tmp_path):
         lk.fit(base, place / "pairs.jsonl", "embed", temperature=0)
     with pytest.raises(DataError, match="single texts"):
         task.evaluate(task.asked(["a"]), base, lambda _: torch.zeros(1), truncate=False)
+    alone = load_matches(written(tmp_path / "alone.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]))
+    with pytest.raises(DataError, match="no label with two texts, so nothing can be found in it; add rows"):
+        task.evaluate(alone, base, lambda found: torch.eye(len(found), 4), truncate=False)
 
 
 def test_a_step_is_the_same_whatever_the_memory_of_earlier_blocks(place):

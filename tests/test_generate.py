@@ -376,3 +376,17 @@ def test_evaluate_measures_what_is_written_where_it_is_asked_to(place, data, run
     assert found.intervals["bleu"][0] <= found.metrics["bleu"] <= found.intervals["bleu"][1]
     assert {"chrf", "rouge1", "rouge2", "rouge_l"} <= found.metrics.keys()
     assert "ended by itself" in str(found) and "ended by itself" not in str(plain)
+
+
+def test_a_base_that_was_left_in_training_mode_is_used_and_left_so(place, data):
+    base = base_of("gpt2")
+    for module in base.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    base.model.train()
+    result = lk.fit(base, data, "generate", **BRIEF)
+    assert base.model.training
+    opened = result.adapter, Generate.of(data, base)
+    one, other = (lk.predict(opened, ["sort rain"], base=base) for _ in range(2))
+    assert one == other
+    assert base.model.training

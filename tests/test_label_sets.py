@@ -16,6 +16,7 @@ from lorakit.data.rows import split
 from lorakit.errors import DataError, UsageError
 from lorakit.fit.learner import Learner
 from lorakit.fit.settings import Settings
+from lorakit.fit.use import open_run
 from lorakit.tasks.base import load_base
 from lorakit.tasks.labels import Labels
 from lorakit.trunk import Trunk
@@ -260,6 +261,9 @@ def test_predict_and_evaluate_a_run(place, base, data, run):
     low, high = told.micro_f1_interval
     assert low <= told.metrics["micro_f1"] <= high
     assert set(told.per_label) == {"food", "weather"}
+    none = replace(data.test.take(range(2)), labels=((), ()))
+    adapter, task = open_run(place / "run")
+    assert "labels right" in str(lk.evaluate((adapter, replace(task, threshold=1.0)), none, base=base))
     strange = replace(data.test, labels=(("music",), *data.test.labels[1:]))
     with pytest.raises(DataError, match="label 'music' does not occur in the training rows"):
         lk.evaluate(place / "run", strange, base=base)

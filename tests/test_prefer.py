@@ -138,6 +138,19 @@ def test_before_training_nothing_is_preferred_and_then_the_chosen_answers_are(ru
     assert "reward accuracy" in str(found)
 
 
+def test_a_tie_counts_half_in_the_metric_and_in_its_interval(data, place, monkeypatch):
+    base = load_base(str(place / "base"), head="causal")
+    goal, ten = Prefer.of(data, base), data.test.take(range(10))
+    monkeypatch.setattr(Prefer, "informed", lambda self, model, pairs, scores: replace_reference(pairs))
+
+    def replace_reference(pairs):
+        pairs.reference = torch.zeros(len(pairs), 2)
+        return pairs
+
+    found = goal.evaluate(ten, base, lambda pairs: torch.ones(len(pairs), 2), truncate=False)
+    assert (found.metrics["reward_accuracy"], found.reward_accuracy_interval) == (0.5, (0.5, 0.5))
+
+
 def test_the_base_is_asked_once_for_each_text(place, data, monkeypatch):
     asked = []
     plain = Prefer.scores

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -314,6 +315,8 @@ def test_evaluate_gives_what_the_fit_gave_with_an_interval(second, run):
     assert "60 rows of 60 users" in str(found)
     with pytest.raises(DataError, match="600 of 600 rows were learned from"):
         lk.evaluate(run, second.train)
+    with pytest.raises(DataError, match="has users alone; name what they came to have"):
+        lk.evaluate(run, replace(second.test, items=None))
 
 
 def test_a_merged_base_ranks_as_the_adapter_does(place, second, run, tmp_path):

@@ -165,6 +165,19 @@ def test_a_fit_is_the_same_to_the_bit(task, name, tmp_path, bases):
     assert streamed.train.about().startswith(f"{len(whole.train)} rows, which stay in their file; 3")
 
 
+def test_documents_of_unlike_lengths_are_read_alike_in_every_chunk(tmp_path, bases):
+    rows = [{"text": row["text"] * (8 if k > 100 else 1)} for k, row in enumerate(rows_of("complete"))]
+    whole, streamed = both("complete", written(rows, tmp_path / "a.jsonl"), 0)
+    base = bases("complete")
+    goal = TASKS["complete"].of(whole, base).chosen({"window": 32, "overlap": 5})
+    for one, other in zip(parts(whole), parts(streamed)):
+        tokens, mapped_ones = (tokenised(goal, rows, base.tokenizer, truncate=False) for rows in (one, other))
+        assert tokens.reads == mapped_ones.reads
+        batch = mapped_ones.gather(range(len(mapped_ones)))
+        assert len(batch.labels) == len(batch.reads)
+    assert len(set(tokens.reads.lengths)) > 1, "short documents and long ones"
+
+
 def test_a_part_that_is_small_is_in_memory(tmp_path):
     file = written(rows_of("classify"), tmp_path / "a.csv")
     size = module._TAKEN * file.stat().st_size

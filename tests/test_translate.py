@@ -16,7 +16,7 @@ from lorakit.errors import DataError, LorakitError, UsageError
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.decode import rewritten
 from lorakit.tasks.overlap import overlap
-from lorakit.tasks.translate import Translate
+from lorakit.tasks.translate import Translate, Translation
 from tiny_chat import tiny_causal
 from tiny_seq2seq import pair_table, seq2seq, tiny_seq2seq, tokenizer
 
@@ -252,6 +252,28 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(place: Path, run: dict
 
 
 # ---------------------------------------------------------------- in use
+
+
+def test_long_targets_are_written_to_their_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(str(place / "t5"), head="seq2seq", max_length=400)
+    rows = Translations(("sort rain",) * 2, ("soup " * 300, "sun"), "here", (1, 2))
+    goal, asked = Translate.of(Splits(rows, rows, rows), base), list[int]()
+    found = Translation("sort rain", "sun", True)
+
+    def predict(self: Any, some: Any, *_: Any, max_new_tokens: int, **__: Any) -> list[Translation]:
+        asked.append(max_new_tokens)
+        return [found] * len(some)
+
+    monkeypatch.setattr(Translate, "predict", predict)
+    goal.evaluate(rows, base, lambda tokens: torch.ones(len(tokens), 3), truncate=False)
+    assert asked == [301]
+
+
+def test_predict_tells_how_far_it_is(place: Path, run: dict[str, Any], data: Splits[Translations]) -> None:
+    told: list[tuple[int, int]] = []
+    texts = list(data.test.texts[:18])
+    lk.predict(place / "run", texts, watch=lambda done, total: told.append((done, total)), max_new_tokens=2)
+    assert told == [(16, 18), (18, 18)]
 
 
 def test_predict_writes_what_generate_does(place: Path, run: dict[str, Any], data: Splits[Translations]) -> None:

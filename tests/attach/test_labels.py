@@ -82,3 +82,10 @@ def test_a_label_outside_the_head_is_refused() -> None:
     hidden, weight, labels, _ = tensors(4, 8, 20, torch.float32)
     with pytest.raises(IndexError, match=r"outside 0 \.\. 19"):
         kernel.label_losses(hidden, weight, labels + 20)
+
+
+def test_states_and_labels_of_unlike_numbers_are_refused() -> None:
+    hidden, weight, labels, _ = tensors(4, 8, 20, torch.float32)
+    for run in (kernel.label_losses, kernel.label_scores):
+        with pytest.raises(ValueError, match="4 states and 3 labels"):
+            run(hidden, weight, labels[:3])

@@ -1,6 +1,7 @@
 """Measure a fitted adapter on rows with their right answers, with a 95 % interval.
 
 For classify, image and image_text: accuracy, macro F1, and F1 of every label.
+For labels: micro and macro F1, rows with all labels right. For regress: Pearson, Spearman, mean absolute error.
 For generate: loss of each token, perplexity, token accuracy; --write: what it writes, as for translate.
 For complete: loss of each token, perplexity, token accuracy, bits per byte.
 For recommend: NDCG, recall and hit rate of the first ten items, and the NDCG of the most popular ones.

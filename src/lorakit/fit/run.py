@@ -36,7 +36,7 @@ from lorakit.fit.workers import Workers
 from lorakit.plan import Plan
 from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure
-from lorakit.trunk import place_of, placed, resolve_dtype
+from lorakit.trunk import eval_mode, place_of, placed, resolve_dtype
 from lorakit.trunk.memory import peak_resident
 from lorakit.trunk.shards import Peers, frozen_bytes, told
 
@@ -114,7 +114,7 @@ def fit(
     net, keep = base.model, isinstance(model, Base) and not consume
     moves = place_of(net) != where  # then what it was before waits there
     base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
-    with placed(net, where, keep=keep), workers, _adapted(net, goal, plan, chosen.seed) as entries:
+    with placed(net, where, keep=keep), eval_mode(net), workers, _adapted(net, goal, plan, chosen.seed) as entries:
         identity = {
             "settings": chosen.values(),
             "plan": entries.toml(),

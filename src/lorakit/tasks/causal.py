@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
+from lorakit.trunk import eval_mode
 
 Logits = Callable[[Tensor], Tensor]  # hidden states (n, d) -> (n, o)
 _ROWS = 1024  # of logits at once, where the model computes them itself
@@ -35,7 +36,9 @@ def has_plain_logits(model: nn.Module) -> bool:
     ids = torch.arange(2, 2 + 5 * _TRIAL, 5, device=embeddings.device) % len(embeddings)
     other = ids.clone()
     other[-1] = (other[-1] + 1) % len(embeddings)
-    hidden, changed = (body(input_ids=x[None]).last_hidden_state[0].float() for x in (ids, other))
+    with eval_mode(model):
+        hidden, changed = (body(input_ids=x[None]).last_hidden_state[0].float() for x in (ids, other))
+        logits = model(input_ids=ids[None]).logits[0].float()
     if differ(hidden[:-1], changed[:-1]):
         raise UsageError(
             f"this {type(model).__name__} is no decoder: a token in it sees those that come after it, so it would "
@@ -44,7 +47,6 @@ def has_plain_logits(model: nn.Module) -> bool:
     if not isinstance(head, nn.Linear) or head.weight.shape[1] != hidden.shape[1]:
         return False
     bias = None if head.bias is None else head.bias.float()
-    logits = model(input_ids=ids[None]).logits[0].float()
     return not differ(F.linear(hidden, head.weight.float(), bias), logits)
 
 

@@ -139,7 +139,7 @@ class Complete(CausalWriting):
             lines += [line] * len(own)
             sizes += [(0,) if k else (len(text.encode()),) for k in range(len(own))]
         refuse_rows(rows.source, faults, "remove them")
-        whole = not any(window.seen for window in found)  # every token is read
+        whole = not (head or self.overlap)  # then every token is read, of any rows
         reads = [() if whole else range(window.seen, len(window.ids)) for window in found]
         given, labels = [window.ids for window in found], [window.labels for window in found]
         return Tokens(given, labels, reads, lines, tokenizer.pad_token_id or 0, sizes=sizes)

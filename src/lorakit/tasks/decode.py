@@ -139,10 +139,12 @@ def rewritten(
     pad: int,
     most: int,
     beams: int = 1,
+    watch: Callable[[int, int], object] | None = None,
 ) -> list[tuple[list[int], bool]]:
     """What an encoder-decoder makes of each source, without the token that ends it; and did one of `ends` end it?
 
-    At most `most` tokens. One beam takes the most probable token each time; more search. Of the base's own wishes those
+    At most `most` tokens. One beam takes the most probable token each time; more search. `watch` is called with how
+    many sources are done, of all. Of the base's own wishes those
     are kept that say what may be written (the language that it must begin with, tokens that never stand in a text).
     """
     from transformers import GenerationConfig
@@ -156,13 +158,16 @@ def rewritten(
     found: list[tuple[list[int], bool]] = [([], False)] * len(sources)
     order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
     with _blank_wishes(model):
-        for part in (order[k : k + _TOGETHER] for k in range(0, len(order), _TOGETHER)):
+        for begin in range(0, len(order), _TOGETHER):
+            part = order[begin : begin + _TOGETHER]
             flat = torch.tensor([token for i in part for token in sources[i]])
             ids, mask = (x.to(device) for x in Segments.of([len(sources[i]) for i in part]).padded(flat, pad))
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(part, out[:, 1:].tolist()):
                 stop = next((place for place, token in enumerate(row) if token in ends), None)
                 found[i] = (row[:stop], stop is not None)
+            if watch is not None:
+                watch(begin + len(part), len(order))
     return found
 
 

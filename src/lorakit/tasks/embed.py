@@ -192,7 +192,7 @@ class Embed(Task):
         belonging, queries = examples.belonging(), [own[0] for own in examples.members]
         asking = [i for i, places in enumerate(belonging) if places - {queries[i]}]
         ranks, losses = [torch.zeros(0)], [torch.zeros(0)]
-        for part in torch.split(torch.tensor(asking), max(1, _AT_ONCE // len(pool))):
+        for part in torch.split(torch.tensor(asking, dtype=torch.int64), max(1, _AT_ONCE // len(pool))):
             right = torch.zeros(len(part), len(pool), dtype=torch.bool)
             similar = vectors[part, 0] @ pool.T
             for row, i in enumerate(part.tolist()):

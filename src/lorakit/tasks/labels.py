@@ -50,7 +50,7 @@ class Evaluation(Measured):
 
     def __str__(self) -> str:
         low, high = self.micro_f1_interval
-        width = max(5, *(len(label) for label in self.per_label))
+        width = max([5, *(len(label) for label in self.per_label)])
         lines = [
             f"micro F1 {self.metrics['micro_f1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
             f"macro F1 {self.metrics['macro_f1']:.3f}, all labels right {self.metrics['subset_accuracy']:.1%}, "

@@ -4,15 +4,15 @@ Each by its well-kept library, an extra; without it the values are missing, and 
 may have several references.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
+from lorakit.tasks.intervals import bootstrap
+
 _ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
-_DRAWS = 1000
 
 Interval = tuple[float, float]
 
@@ -63,18 +63,19 @@ def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Overla
         counts.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
     table = np.asarray(counts)
 
-    def bleu(rows: np.ndarray) -> float:
-        *grams, said, wanted = (int(x) for x in table[rows].sum(0))
-        half = len(grams) // 2
-        return float(BLEU.compute_bleu(grams[:half], grams[half:], said, wanted, smooth_method="exp").score)
+    def bleu(sums: np.ndarray) -> list[float]:
+        found = []
+        for *grams, said, wanted in sums.astype(int).tolist():
+            half = len(grams) // 2
+            found.append(BLEU.compute_bleu(grams[:half], grams[half:], said, wanted, smooth_method="exp").score)
+        return found
 
-    every = np.arange(len(table))
     longest = max(map(len, references))
     streams = [[known[k] if k < len(known) else None for known in references] for k in range(longest)]
     whole, chrf = BLEU(), CHRF()
     score = float(whole.corpus_score(list(answers), streams).score)
     values = {"bleu": score, "chrf": float(chrf.corpus_score(list(answers), streams).score)}
-    return Overlap(values, {"bleu": _interval(bleu, every)}, str(whole.get_signature()))
+    return Overlap(values, {"bleu": bootstrap(table, bleu)}, str(whole.get_signature()))
 
 
 def _rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Overlap:
@@ -83,16 +84,5 @@ def _rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Overl
     scorer = RougeScorer(list(_ROUGE))
     each = [scorer.score_multi(list(known), answer) for answer, known in zip(answers, references)]
     tables = {name: np.asarray([one[theirs].fmeasure for one in each]) for theirs, name in _ROUGE.items()}
-    intervals = {name: _interval(partial(_mean, table), np.arange(len(each))) for name, table in tables.items()}
-    return Overlap({name: float(table.mean()) for name, table in tables.items()}, intervals)
-
-
-def _mean(table: np.ndarray, rows: np.ndarray) -> float:
-    return float(table[rows].mean())
-
-
-def _interval(of: Callable[[np.ndarray], float], every: np.ndarray) -> Interval:
-    """95 % interval by the percentile bootstrap over texts (Koehn, 2004, for BLEU)."""
-    draws = np.random.default_rng(0).integers(0, len(every), (_DRAWS, len(every)))
-    low, high = np.quantile([of(draw) for draw in draws], [0.025, 0.975])
-    return float(low), float(high)
+    means = {name: float(table.mean()) for name, table in tables.items()}
+    return Overlap(means, {name: bootstrap(table) for name, table in tables.items()})

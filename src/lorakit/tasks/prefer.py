@@ -226,8 +226,11 @@ class Prefer(Task):
         """Share of pairs whose chosen answer gained more on the base than the rejected one (no gain of either counts
         half), mean margin, mean loss."""
         margins, each = self._measured(scores, examples)
-        accuracy = (torch.sign(margins) + 1).mean() / 2
-        return {"reward_accuracy": float(accuracy), "margin": float(margins.mean()), "loss": float(each.mean())}
+        return {
+            "reward_accuracy": float(_won(margins).mean()),
+            "margin": float(margins.mean()),
+            "loss": float(each.mean()),
+        }
 
     def _measured(self, scores: Tensor, examples: Pairs) -> tuple[Tensor, Tensor]:
         assert examples.reference is not None
@@ -259,7 +262,7 @@ class Prefer(Task):
                 "no longer known: evaluate the run that it was made of"
             )
         margins, _ = self._measured(found, pairs)
-        return Evaluation(self.metrics(found, pairs), bootstrap((margins > 0).tolist()), len(rows))
+        return Evaluation(self.metrics(found, pairs), bootstrap(_won(margins).tolist()), len(rows))
 
     def tried(self, base: Base, rows: Preferences) -> dict[str, Any]:
         """Asks a handful of held-out prompts, beside the chosen answers."""
@@ -270,6 +273,10 @@ class Prefer(Task):
     def told(cls, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         """How many answers ended, and one of them."""
         return Generate.told(summary)
+
+
+def _won(margins: Tensor) -> Tensor:
+    return (torch.sign(margins) + 1) / 2
 
 
 def _number(value: object) -> bool:

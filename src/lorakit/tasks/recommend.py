@@ -26,7 +26,7 @@ from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions, load_interactions
 from lorakit.data.pairs import PairBatch, Pairs, Seen
 from lorakit.data.rows import Splits
-from lorakit.errors import UsageError
+from lorakit.errors import DataError, UsageError
 from lorakit.plan import Plan
 from lorakit.rules import Rules
 from lorakit.rules import plan as make_plan
@@ -256,7 +256,9 @@ class Recommend(Task):
         return list(found.values())
 
     def evaluate(self, rows: Interactions, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
-        """Metrics over the users of these rows. DataError for rows that were learned from."""
+        """Metrics over the users of these rows. DataError for rows that the run learned from."""
+        if rows.items is None:
+            raise DataError(f"'{rows.source}' has users alone; name what they came to have, in a column of items")
         pairs = self.examples(rows, base.tokenizer, truncate=truncate)
         given = base.tokenizer.pairs(rows)
         held = without(given, unpacked(self.seen))

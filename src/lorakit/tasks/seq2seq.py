@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
 from lorakit.tasks.causal import differ, each_by, losses_by, stand_for
+from lorakit.trunk import eval_mode
 
 _TRIAL = 10  # tokens
 
@@ -41,9 +42,10 @@ def logit_scale(model: Any) -> float:
     embeddings: Tensor = model.get_input_embeddings().weight
     ids = torch.arange(2, 2 + 5 * _TRIAL, 5, device=embeddings.device)[None]
     asked, given = ids % len(embeddings), (ids + 1) % min(len(embeddings), len(getattr(head, "weight", embeddings)))
-    encoded = model.get_encoder()(input_ids=asked).last_hidden_state
-    hidden = model.get_decoder()(input_ids=given, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
-    logits = model(input_ids=asked, decoder_input_ids=given, use_cache=False).logits[0].float()
+    with eval_mode(model):
+        encoded = model.get_encoder()(input_ids=asked).last_hidden_state
+        hidden = model.get_decoder()(input_ids=given, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
+        logits = model(input_ids=asked, decoder_input_ids=given, use_cache=False).logits[0].float()
     if not isinstance(head, nn.Linear) or head.weight.shape[1] != hidden.shape[-1]:
         return 0.0
     bias = _bias(model, head, torch.float32)

@@ -4,7 +4,7 @@ The encoder reads the source, the decoder writes the target. Its inputs are the 
 token of the target is learned from those before it. There is no head of its own; the base's writes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from lorakit.tasks.writing import Writing
 from lorakit.trunk import PairTrunk
 
 Ids = tuple[int, ...]
-_LONGEST = 1 << 20  # tokens; of a base that has no bound (mT5) its tokenizer says 10**30, which it does not take itself
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Translate(Writing):
         """As the base wants it. UsageError if it is no encoder-decoder, or does not say how a text begins and ends."""
         scale = logit_scale(base.model)
         start, ends = _marks(base)
-        return cls(base.source_prefix, min(base.max_length, _LONGEST), start, ends, scale)
+        return cls(base.source_prefix, base.max_length, start, ends, scale)
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> "Translate":
@@ -150,14 +149,18 @@ class Translate(Writing):
         truncate: bool = False,
         max_new_tokens: int = 256,
         beams: int = 1,
+        watch: Callable[[int, int], object] | None = None,
         **options: Any,
     ) -> list[Translation]:
-        """What each text becomes. With several `beams` the best of what they find, else the most probable each time."""
+        """What each text becomes. With several `beams` the best of what they find, else the most probable each time.
+        `watch` is called with how many are done, of all."""
         if max_new_tokens < 1 or beams < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens} and beams {beams}; both must be at least 1")
         sources = self._sources(rows, base.tokenizer, truncate)
         pad, most = base.tokenizer.pad_token_id or 0, min(max_new_tokens, self.max_length)
-        written = rewritten(base.model, sources, start=self.start, ends=self.ends, pad=pad, most=most, beams=beams)
+        written = rewritten(
+            base.model, sources, start=self.start, ends=self.ends, pad=pad, most=most, beams=beams, watch=watch
+        )
         decode = base.tokenizer.decode
         return [
             Translation(text, decode(ids, skip_special_tokens=True).strip(), stopped)
@@ -176,7 +179,8 @@ class Translate(Writing):
         assert rows.targets is not None
         sums = scores(tokens)
         firsts, known = references(rows.texts, rows.targets)
-        most = room_for(max(len(labels) for labels in tokens.labels))
+        longest = max(len(labels) for labels in tokens.labels)
+        most = max(room_for(longest), longest)
         found = self.predict(rows.take(firsts), base, scores, truncate=truncate, max_new_tokens=most)
         told = Evaluation.of(self.metrics(sums, tokens), sums, len(rows), "tokens of targets")
         return told.beside([one.target for one in found], [one.stopped for one in found], known)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.data.pixels import Lens
 from lorakit.errors import LorakitError, UsageError, nearest
 from lorakit.tasks.base import Base
+from lorakit.trunk import eval_mode
 
 IMAGE_POOLS = ("own", "cls", "mean")
 _PIXELS_A_TOKEN = 256  # of a network without patches: those of a ViT are 16 x 16
@@ -114,21 +115,16 @@ def sight_of(model: nn.Module, shape: tuple[int, int, int], pool: str) -> Sight:
     """Tries a model on one black image. LorakitError if it takes none of this shape."""
     like = next(model.parameters())
     pixels = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
-    modes = [module for module in model.modules() if module.training]
-    for module in modes:
-        module.training = False  # a single image would be no batch for batch norm
     try:
         named = getattr(model, "main_input_name", "") == "pixel_values"
-        found = model(pixel_values=pixels) if named else model(pixels)
+        with eval_mode(model):  # a single image would be no batch for batch norm
+            found = model(pixel_values=pixels) if named else model(pixels)
     except Exception as error:
         size = " x ".join(map(str, shape))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LorakitError(
             f"the base, a {type(model).__name__}, takes no images of {size} (channels, height, width): {reason}"
         ) from None
-    finally:
-        for module in modes:
-            module.training = True
     states = getattr(found, "last_hidden_state", None)
     patches = states.shape[1] if isinstance(states, Tensor) and states.ndim == 3 else 0
     return Sight(pooled(found, pool).shape[1], patches or max(1, shape[1] * shape[2] // _PIXELS_A_TOKEN))

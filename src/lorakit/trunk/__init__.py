@@ -1,9 +1,10 @@
 """The trunk: how a frozen model with an adapter is run fast. Nothing padded, nothing frozen done twice."""
 
 from lorakit.trunk.direct import Direct
+from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.pairs import PairTrunk
 from lorakit.trunk.place import place_of, placed
 from lorakit.trunk.segments import Segments
 from lorakit.trunk.trunk import DTYPES, Trunk, resolve_dtype
 
-__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "place_of", "placed", "resolve_dtype"]
+__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "eval_mode", "place_of", "placed", "resolve_dtype"]

@@ -20,6 +20,7 @@ from lorakit.errors import UsageError, nearest
 from lorakit.trunk.blocks import Blocks, Call, stack_of
 from lorakit.trunk.lean import Lean
 from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
+from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.packing import CannotPackError, packed
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
@@ -92,7 +93,7 @@ class Trunk:
                 keep_freed_memory()
                 if not self._reads_images:
                     keep_few_kernels()
-            self._begin_eval(stack)
+            stack.enter_context(eval_mode(self.model))
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_shards(stack)
@@ -217,12 +218,6 @@ class Trunk:
         pixels = pixels.to(self._device(), self._pixel_dtype, memory_format=torch.channels_last)
         with inside(segments):
             return self._body(pixel_values=pixels) if self._takes_pixel_values else self._body(pixels)
-
-    def _begin_eval(self, stack: ExitStack) -> None:
-        for module in self.model.modules():
-            if module.training:
-                module.training = False
-                stack.callback(setattr, module, "training", True)
 
     def _cast(self, stack: ExitStack) -> None:
         """Frozen weights and buffers in the dtype; the originals come back on leaving."""

@@ -48,6 +48,8 @@ def label_scores(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+    if len(hidden) != len(labels):
+        raise ValueError(f"{len(hidden)} states and {len(labels)} labels")
     size = rows_at_once(weight.shape[0]) * (_WIDER if weight.device.type == "cuda" else 1)
     return zip(torch.split(hidden, size), torch.split(labels.to(hidden.device), size))
 
