@@ -23,6 +23,7 @@ from lorakit.fit.use import open_run
 from lorakit.tasks.base import load_base
 from lorakit.tasks.image import Image
 from lorakit.tasks.vision import image_base
+from lorakit.trunk import Trunk
 from tiny_image import arrays, cnn, cnn_base, folder, tiny_convnext, tiny_resnet, tiny_vit
 
 QUICK = {"epochs": 8, "batch_size": 8, "learning_rate": 1e-2, "dtype": "fp32"}
@@ -180,6 +181,21 @@ def test_the_adapter_of_a_vit_gives_the_same_logits_in_peft(place, data):
         found = peft_model.base_model.model.classifier(states[:, 0])
     assert float((expected - found).abs().max()) < 1e-4
     assert float(expected.std()) > 0.1
+
+
+def test_a_network_of_ones_own_runs_as_a_whole_whatever_its_parts_are_called():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model, self.neck = cnn(), nn.Conv2d(32, 20, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.neck(self.base_model(x)))
+
+    own, pixels = Own().eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), Trunk(own, shape=(3, 16, 16)) as trunk:
+        found = trunk.seen(pixels)
+    torch.testing.assert_close(found, own(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_of_ones_own_is_used_again_by_giving_it(place, data, tmp_path):

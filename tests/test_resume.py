@@ -86,6 +86,37 @@ class HaltError(Exception):
     pass
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 12, "patience": 1, "learning_rate": 5e-2},
+        {"epochs": 1, "max_steps": 8, "checkpoint_steps": 4},
+        {"epochs": 2, "checkpoint_steps": 6},
+    ],
+    ids=["stopped early", "within an epoch", "at the end of an epoch"],
+)
+def test_a_run_halted_behind_its_last_step_ends_as_the_uninterrupted_one(base, data, tmp_path, settings):
+    call = {**QUICK, **settings, "threads": 1, "dtype": "fp32"}
+    whole = lk.fit(base, data, out=tmp_path / "whole", **call)
+    steps, kind = whole.summary["steps"], "valid" if "patience" in settings else "step"
+
+    def watch(record, _):
+        if record.kind == kind and record.step == steps:
+            raise HaltError
+
+    with pytest.raises(HaltError):
+        lk.fit(base, data, out=tmp_path / "cut", watch=watch, **call)
+    resumed = lk.fit(base, data, out=tmp_path / "cut", resume=True, **call)
+    assert resumed.adapter == whole.adapter
+    told = ("steps", "epochs", "best_epoch", "stopped_early")
+    assert [resumed.summary[name] for name in told] == [whole.summary[name] for name in told]
+    assert whole.summary["stopped_early"] == ("patience" in settings)
+
+
+def test_how_often_a_checkpoint_is_written_may_change(base, data, stopped):
+    lk.fit(base, data, out=stopped, resume=True, checkpoint_steps=50, **QUICK)
+
+
 @pytest.fixture
 def stopped(base, data, tmp_path):
     """A run that was interrupted after its second epoch."""

@@ -9,7 +9,7 @@ from lorakit.fit.learner import Learner
 from lorakit.fit.loop import State
 from lorakit.plan import Plan
 
-_FREE = ("threads", "tokens_per_pass", "device", "skip_bad", "shard")  # settings that a resumed run may have otherwise
+_FREE = ("threads", "tokens_per_pass", "device", "skip_bad", "shard", "checkpoint_steps")  # may change on a resume
 
 
 def save_checkpoint(path: Path, learner: Learner, state: State, identity: dict[str, Any]) -> None:

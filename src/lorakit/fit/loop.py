@@ -69,9 +69,11 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
     total = total_steps(len(examples), settings)
     if state.step == 0:
         learner.probe(examples, learner.batches(examples)[0])
-    while state.epoch < settings.epochs and state.step < total:
+    while state.epoch < settings.epochs and state.stale < settings.patience and (state.step < total or state.batch):
         batches = learner.batches(examples, state.epoch)
         for indices in batches[state.batch :]:
+            if state.step >= total:
+                break
             began = time.perf_counter()
             rate = learning_rate(settings, state.step, total)
             try:
@@ -88,8 +90,6 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
             state.seconds += spent
             values = {**done._asdict(), "learning_rate": rate, "step_s": spent}
             yield Record("step", state.step, state.epoch, values)
-            if state.step >= total:
-                break
         metrics = learner.evaluate(valid)
         state.epoch += 1
         if learner.task.better(metrics, state.best):
@@ -98,5 +98,3 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
             state.stale += 1
         state.batch = 0
         yield Record("valid", state.step, state.epoch, metrics)
-        if state.stale >= settings.patience:
-            return

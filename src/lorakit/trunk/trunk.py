@@ -66,7 +66,8 @@ class Trunk:
         self.model = model
         self._home = home or model
         self.head = head
-        self._body: nn.Module = getattr(model, "base_model", model)  # of a causal LM, what comes before its head
+        body = getattr(model, "base_model", model) if hasattr(model, "base_model_prefix") else model
+        self._body: nn.Module = body  # of a causal LM, what comes before its head
         self._stacks = [self._body]
         self.precision, self.dtype = dtype, DTYPES[dtype]
         self.pad = pad
