@@ -13,6 +13,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli import VERBS, main, parser_of
+from lorakit.tasks.base import load_base
 from tiny_text import table, tiny_bert
 
 
@@ -75,6 +76,17 @@ def test_plan_prints_a_plan_that_can_be_edited_and_trained_by(place, capsys, tmp
     assert (code, "--rank" in err) == (2, True)
 
 
+def test_plan_counts_what_is_trained_whole(place, capsys):
+    words = ("plan", place / "base", "--rank", "4", "--json")
+    counts = []
+    for more in ((), ("--bias", "all"), ("--trained", "*")):
+        code, out, err = told(capsys, *words, *more)
+        assert code == 0, err
+        counts.append(json.loads(out)["parameters"])
+    whole = sum(p.numel() for p in load_base(str(place / "base")).model.parameters())
+    assert counts[0] < counts[1] < counts[2] == counts[0] + whole
+
+
 def test_fit_tells_accuracy_before_and_after_and_the_size_beside_the_base(place, capsys, tmp_path):
     code, out, err = told(capsys, *fit_words(place, tmp_path / "run"))
     assert code == 0
@@ -101,7 +113,7 @@ def test_fit_says_which_learning_rate_it_took_and_why(place, capsys, tmp_path):
 
 
 def test_settings_can_come_from_a_file_and_flags_win(place, capsys, tmp_path):
-    (tmp_path / "s.toml").write_text("epochs = 1\nseed = 3\n")
+    (tmp_path / "s.toml").write_text("epochs = 1\nseed = 3\nbatch-size = 8\n")
     words = ["fit", place / "base", place / "data.csv", "--out", tmp_path / "run", "--settings", tmp_path / "s.toml"]
     code, out, err = told(capsys, *words, "--json")
     assert code == 0, err
@@ -150,7 +162,6 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
 
     from lorakit.data import load_rows
     from lorakit.fit.use import open_run
-    from lorakit.tasks.base import load_base
     from lorakit.trunk import Trunk
 
     assert main(["merge", str(place / "run"), "--out", str(tmp_path / "m")]) == 0

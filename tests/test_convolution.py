@@ -196,3 +196,32 @@ def test_a_trunk_gives_the_same_and_leaves_the_model_as_it_was(dtype):
         assert torch.equal(tensor, before[name]), name
         assert tensor.is_contiguous(), f"{name} is in the order it came in"
     assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("way", ["two norms", "one norm twice", "keyword"])
+def test_what_two_norms_read_is_left_alone_and_a_keyword_is_an_input(way):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(2, 8, 3), nn.Conv2d(2, 8, 3)
+            self.norm, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.one(x)
+            if way == "two norms":
+                return self.norm(y) + self.other(y)
+            if way == "one norm twice":
+                return self.norm(y) + self.norm(self.two(x))
+            return self.norm(input=y) + self.other(self.two(x))
+
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(2, 2, 6, 6)
+    for norm in (model.norm, model.other):
+        nn.init.normal_(norm.weight)
+        norm.running_mean.normal_()
+    lk.attach(model, lk.plan(model, 2, "all-conv"), seed=0)
+    wanted = model(x)
+    with torch.no_grad(), Trunk(model, shape=(2, 6, 6)) as trunk:
+        assert folded(model) == ({"norm", "other"} if way == "keyword" else set())
+        torch.testing.assert_close(trunk.seen(x), wanted, rtol=1e-5, atol=1e-5)
+    assert folded(model) == set()

@@ -67,6 +67,9 @@ def test_whatever_is_other_is_made_anew(cache, counted, base, data):
     base.tokenizer.add_tokens(["and rain"])
     tokenised(task, data.train, base.tokenizer, truncate=False)
     assert len(counted) == number + 1
+    base.tokenizer.eos_token = base.tokenizer.sep_token  # where a task has ends of its own they are others now
+    tokenised(task, data.train, base.tokenizer, truncate=False)
+    assert len(counted) == number + 2
 
 
 def test_a_damaged_file_is_made_anew_and_quick_work_is_not_kept(cache, counted, base, data, monkeypatch):

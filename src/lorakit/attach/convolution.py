@@ -105,12 +105,12 @@ class Convolution(Group):
         self.unfold()
 
 
-def _pass_on(norm: nn.Module, source: Convolution, x: Tensor) -> Tensor:
+def _pass_on(norm: nn.Module, source: Convolution, input: Tensor) -> Tensor:
     """The forward of a folded norm; what does not come from its convolution it norms by itself."""
-    if source.made(x):
+    if source.made(input):
         source.forget()
-        return x
-    return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+        return input
+    return type(norm).forward(norm, input)  # type: ignore[no-any-return]
 
 
 def _line(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -126,21 +126,25 @@ def _line(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def norms_seen(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[_BatchNorm, Convolution]]:
-    """Yields norm -> the convolution whose output it was given within the block, for norms that can be folded."""
+    """Yields a dict that has, behind the block, norm -> the convolution whose output it was given, for norms that can
+    be folded: the only one that read it, and that once."""
     found: dict[_BatchNorm, Convolution] = {}
+    calls: list[tuple[_BatchNorm, Convolution]] = []
     sources = [group for group in groups if isinstance(group, Convolution) and not group.members[0][0]._forward_hooks]
 
-    def see(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        for source in sources:
-            if source.made(args[0]) and isinstance(norm, _BatchNorm):
-                found[norm] = source
+    def see(norm: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        x = args[0] if args else more["input"]
+        calls.extend((norm, source) for source in sources if source.made(x) and isinstance(norm, _BatchNorm))
 
     norms = [module for module in model.modules() if sources and _is_fixed(module)]
-    handles = [norm.register_forward_pre_hook(see) for norm in norms]
+    handles = [norm.register_forward_pre_hook(see, with_kwargs=True) for norm in norms]
     for source in sources:
         source.shows = True
     try:
         yield found
+        for norm, source in calls:
+            if sum(norm is other or source is given for other, given in calls) == 1:
+                found[norm] = source
     finally:
         for handle in handles:
             handle.remove()

@@ -152,8 +152,9 @@ def _meant(name: str, known: Mapping[str, Any]) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A TOML file of settings, unchecked."""
+    """A TOML file of settings, unchecked; their names may be written as the flags are (`batch-size`)."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {name.replace("-", "_"): value for name, value in found.items()}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read settings '{path}': {error}") from None

@@ -57,7 +57,8 @@ def _key(task: Task, rows: Part, tokenizer: Any, truncate: bool) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    own = [getattr(tokenizer, name, None) for name in ("chat_template", "model_max_length", "add_bos_token")]
+    names = ("chat_template", "model_max_length", "add_bos_token", "special_tokens_map")
+    own = [getattr(tokenizer, name, None) for name in names]
     what = [__version__, backend.to_str(), str(own), task.note(), rows.digest(), truncate]
     lines = np.asarray(rows.lines, dtype=np.int64).tobytes()
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode() + lines).hexdigest()[:32]
