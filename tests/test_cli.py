@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -110,6 +111,16 @@ def test_fit_says_which_learning_rate_it_took_and_why(place, capsys, tmp_path):
     assert "by rule: width 32" in out
     code, out, _ = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite"))
     assert "learning rate" not in out
+
+
+def test_convert_refuses_a_file_as_its_place_and_an_adapter_without_pairs(place, capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, _, err = told(capsys, "convert", place / "run", "--to", "peft", "--out", tmp_path / "file")
+    assert (code, "is a file; name another directory" in err) == (2, True)
+    adapter = lk.load(place / "run" / "adapter")
+    replace(adapter, layers={}).save(tmp_path / "heads")
+    code, _, err = told(capsys, "convert", tmp_path / "heads", "--to", "portable", "--out", tmp_path / "out")
+    assert (code, "has no low-rank layers" in err) == (1, True)
 
 
 def test_settings_can_come_from_a_file_and_flags_win(place, capsys, tmp_path):

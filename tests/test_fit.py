@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.attach import active
 from lorakit.data import load_rows
 from lorakit.errors import DataError, FitError, LorakitError, NoEffectError, PlanError, UsageError
 from lorakit.fit.loop import learning_rate
 from lorakit.fit.settings import Settings, make_settings
 from lorakit.tasks.base import load_base
+from lorakit.tasks.task import task_of
 from tiny_text import small_task, tiny_bert
 
 place, base, data = small_task(180)
@@ -325,3 +327,19 @@ def test_a_base_that_is_consumed_gives_the_same_run_and_keeps_half_precision(pla
 def test_a_seed_must_be_one():
     with pytest.raises(UsageError, match="seed is 9223372036854775808; it must be 0 to 2147483647"):
         make_settings({"seed": 2**63})
+
+
+def test_a_base_that_has_an_adapter_on_is_not_fitted_and_used_as_it_is(base, data, tmp_path):
+    opened = lk.fit(base, data, max_steps=2, **{**QUICK, "epochs": 1})
+    opened = opened.adapter, task_of(opened.adapter.meta["task"])
+    lk.attach(base.model, lk.plan(base.model, rank=2), name="law", trainable=False)
+    try:
+        with pytest.raises(UsageError, match=r"has adapters attached already \(law\); detach them, or merge them"):
+            lk.fit(base, data, out=tmp_path / "run", max_steps=2)
+        assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+        found = lk.predict(opened, ["i like rain"], base=base)
+        assert active(base.model) == ("law",)
+    finally:
+        lk.detach(base.model)
+    with torch.inference_mode():
+        assert lk.predict(opened, ["i like rain"], base=base) == found

@@ -139,3 +139,40 @@ def test_two_processes_learn_to_prefer_as_one_does(tmp_path: Path) -> None:
     found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(found) == len(wanted) == 8
     assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4
+
+
+_PREFIX = """
+import os, sys, time
+import lorakit as lk
+import lorakit.fit.run
+from lorakit.tasks.base import load_base
+from lorakit.trunk.prefix import Prefix
+how, _, out = sys.argv[1:]
+module, number = sys.modules["lorakit.fit.run"], os.environ["RANK"]
+if how == "late" and number == "0":
+    clear = module.clear
+    module.clear = lambda place: (time.sleep(1), clear(place))
+if how == "full" and number == "1":
+    def full(*_):
+        raise OSError("no space left on device")
+    Prefix.__init__ = full
+base = load_base("base")
+found = lk.fit(base, "data.csv", plan=lk.plan(base.model, blocks="last 1"), out=out, prefix="file", epochs=2,
+               batch_size=8, learning_rate=3e-3, dtype="fp32", threads=1)
+print(found.summary["prefix"])
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_keep_the_frozen_prefix_or_none_does(place: Path) -> None:
+    ((alone, _),) = end(begin_prefix(place, "alone", "kept", 1))
+    for how in ("late", "full"):
+        told = {out for out, _ in end(begin_prefix(place, f"two_{how}", how, 2))}
+        assert len(told) == 1
+        assert (alone in told) is (how == "late")
+        assert all("no space left on device" in out for out in told) is (how == "full")
+        assert losses(place / f"two_{how}") == pytest.approx(losses(place / "alone"), abs=1e-5)
+
+
+def begin_prefix(place: Path, out: str, how: str, size: int) -> list[subprocess.Popen[str]]:
+    return begin(place, out, size=size, words=["-c", _PREFIX, how])

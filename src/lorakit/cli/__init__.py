@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, NoReturn
 from lorakit._version import __version__
 from lorakit.errors import LorakitError, StoppedError, UsageError, nearest
 
+_OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
+
 VERBS = {
     "plan": "turn rules into a plan: which layer gets which method, rank and start",
     "fit": "train an adapter on your rows and prove it on rows it has not seen",
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2 if isinstance(error, UsageError) else 130 if isinstance(error, StoppedError) else 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         asked = re.search(r"allocate (\d+) bytes", str(error))
         told = f": {int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else ""

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> Reply:
 
     out = Path(args.out)
     adapter = open_adapter(args.adapter)
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"'{out}' is not empty; name another directory")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; name another directory")
     if args.dtype:
         adapter = adapter.to(dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype])
     left_out: list[str] = []
@@ -69,6 +69,10 @@ def _portable(adapter: Any) -> Any:
     if odd:
         raise AdapterError(f"only plain pairs are portable, and this adapter has {', '.join(odd)}; merge it instead")
     pairs = {path: whole_pair(layer.factors) for path, layer in adapter.layers.items()}
+    if not pairs:
+        raise AdapterError(
+            "this adapter has no low-rank layers, so there is nothing to make portable; merge it instead"
+        )
     rank = max(a.shape[-2] for a, _ in pairs.values())
     layers = {}
     for path, (a, b) in pairs.items():

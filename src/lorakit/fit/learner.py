@@ -198,7 +198,17 @@ class Learner:
         return scores_of(self.model, self.task, self.trunk, examples, self.settings, prefix, self.workers)
 
     def keep_prefix(self, parts: Mapping[str, Examples], place: Path | None) -> str:
-        """Lets the frozen blocks run once for every text; says what is kept, and where, or why not."""
+        """Lets the frozen blocks run once for every text; says what is kept, and where, or why not.
+
+        All processes do, or none: those that do share out texts otherwise.
+        """
+        told = self.workers.gather(self._keep_prefix(parts, place))
+        off = next((why for why in told if why.startswith("off")), "")
+        if off:
+            self._drop_prefixes()
+        return off or told[0]
+
+    def _keep_prefix(self, parts: Mapping[str, Examples], place: Path | None) -> str:
         wish, depth = self.settings.prefix, self.trunk.depth
         if wish == "off" or depth == 0:
             return "off" if depth else f"off: {self.trunk.why_shallow}"
@@ -210,13 +220,13 @@ class Learner:
         told = f"{depth} of {self.trunk.n_blocks} blocks, {size / 2**20:,.0f} MiB"
         in_memory = wish == "memory" or (wish == "auto" and size < 0.25 * available_memory())
         if not in_memory and place is None:
-            return f"off: {told} do not fit in memory, and the run has no directory"
+            why = "the run has no directory" if wish == "file" else "do not fit in memory, and the run has no directory"
+            return f"off: {told}{':' if wish == 'file' else ''} {why}"
         try:
             for name, examples in parts.items():
                 file = None if in_memory or place is None else place / f"prefix_{name}_{self.workers.number}.bin"
                 self.prefixes[id(examples)] = self.trunk.prefix(examples.text_lengths, file)
         except (OSError, RuntimeError) as error:  # no room: training goes on without it
-            self._drop_prefixes()
             return f"off: {told} found no room ({error})"
         return f"{told} in {'memory' if in_memory else 'a file'}"
 

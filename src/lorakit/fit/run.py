@@ -15,8 +15,9 @@ from torch import nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
-from lorakit.attach import attach, base_fingerprint, collect, detach
+from lorakit.attach import attach, attached, base_fingerprint, collect, detach
 from lorakit.attach.kernels.native import reason
+from lorakit.attach.slots import find_home
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Examples
 from lorakit.data.faults import counted, gathered, made, skipping, usable
@@ -109,6 +110,7 @@ def fit(
             data, (goal, parts) = usable(
                 data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
             )
+    _refuse_adapted(base)
     if ready is not None:
         ready(data)
     net, keep = base.model, isinstance(model, Base) and not consume
@@ -129,6 +131,7 @@ def fit(
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
             if place is not None and not resume and workers.first:
                 clear(place)
+            workers.most(0)  # the directory is there before anyone writes into it
             held = frozen_bytes(net, trunk.shards)
             shards_told = told(trunk.shards, workers.size) if chosen.shard else []
             if chosen.shard and not any(shards.n_bytes for shards in trunk.shards):
@@ -195,6 +198,16 @@ def _refuse_other(model: object) -> None:
         )
     if not isinstance(model, str | Path | Base):
         raise UsageError(f"the model is {model!r:.60}; give the name or directory of a base, or a loaded Base")
+
+
+def _refuse_adapted(base: Base) -> None:
+    """UsageError for a base that has an adapter on already, which a run could not tell from its own."""
+    names = attached(base.model) if find_home(base.model) is not None else ()
+    if names:
+        raise UsageError(
+            f"the base '{base.name}' has adapters attached already ({', '.join(names)}); detach them, or merge them "
+            "into it, and fit then"
+        )
 
 
 def _base(model: str | Path | Base, kind: type[Task], data: Splits[Any]) -> Base:

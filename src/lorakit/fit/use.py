@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lorakit.adapter import WEIGHTS, Adapter, load
-from lorakit.attach import attach, detach
+from lorakit.attach import activate, active, attach, detach
+from lorakit.attach.slots import find_home
 from lorakit.data.batches import Examples
 from lorakit.data.faults import gathered, skipping, usable
 from lorakit.data.memory import in_memory
@@ -72,11 +73,13 @@ Watch = Callable[[int, int], object]  # how many are done, of how many
 def used(
     run: Run, base: Base | None, device: str = "auto", watch: Watch | None = None
 ) -> Iterator[tuple[Task, Base, Scores]]:
-    """Within the block, the base is on the device and has the adapter on; with it what gives the scores of texts."""
+    """Within the block, the base is on the device and has the adapter on, it alone; with it what gives the scores of
+    texts."""
     adapter, task = opened_run(run)
     where = resolve_device(device, *([place_of(base.model)] if base else []))
     own = base or task.load_base(adapter.base_name)
     had_head = hasattr(own.model, task.head)
+    before = active(own.model) if find_home(own.model) is not None else ()
     task.prepare(own.model)
 
     def scores(examples: Examples) -> torch.Tensor:
@@ -85,12 +88,14 @@ def used(
             return scores_of(own.model, task, trunk, examples, Settings(), watch=watch)
 
     try:
-        with placed(own.model, where, keep=base is not None), eval_mode(own.model):
+        with torch.inference_mode(False), placed(own.model, where, keep=base is not None), eval_mode(own.model):
             attach(own.model, adapter, name="using")
             try:
                 yield task, own, scores
             finally:
                 detach(own.model, "using")
+                if before:
+                    activate(own.model, before)
     finally:
         if task.head and not had_head:
             del own.model._modules[task.head]

@@ -7,9 +7,12 @@ on the base, the tokens, the dtype and the depth, all of which a run does not ch
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+_PIECE = 1 << 20  # bytes
 
 
 class Prefix:
@@ -29,7 +32,7 @@ class Prefix:
             return
         try:
             with file.open("wb") as stream:  # a mapped page that the disk has no room for would kill the process
-                os.posix_fallocate(stream.fileno(), 0, max(1, n * width * dtype.itemsize))
+                _take(stream, max(1, n * width * dtype.itemsize))
         except OSError:
             file.unlink(missing_ok=True)
             raise
@@ -67,3 +70,12 @@ class Prefix:
         del self.states
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _take(stream: BinaryIO, n_bytes: int) -> None:
+    """Room on the disk for the whole file; OSError where there is not enough."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(stream.fileno(), 0, n_bytes)
+        return
+    for begin in range(0, n_bytes, _PIECE):  # macOS has no such call
+        stream.write(bytes(min(_PIECE, n_bytes - begin)))
