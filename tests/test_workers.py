@@ -14,7 +14,7 @@ from lorakit.errors import UsageError
 from lorakit.fit.workers import Workers
 from several import begin, end, environment, free_port, losses, waited
 from tiny_chat import CHATML, chat_table, pairs, tiny_causal
-from tiny_text import small_task, table, tiny_bert
+from tiny_text import WORDS, small_task, table, tiny_bert, told_topics
 
 place, _, _ = small_task(180)
 
@@ -139,6 +139,50 @@ def test_two_processes_learn_to_prefer_as_one_does(tmp_path: Path) -> None:
     found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(found) == len(wanted) == 8
     assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["labels", "regress", "tag", "answer", "complete"])
+def test_two_processes_learn_what_one_does(task: str, tmp_path: Path) -> None:
+    write = tiny_causal if task == "complete" else tiny_bert
+    write(tmp_path / "base")
+    data = learnable(task, tmp_path)
+    words = ["-m", "lorakit", "fit", "base", data, "--task", task, "--epochs", "2", "--dtype", "fp32", "--threads", "1"]
+    words += ["--batch-size", "7", "--learning-rate", "0.003", "--tokens-per-pass", "64"]
+    end(begin(tmp_path, "one", size=1, words=words))
+    end(begin(tmp_path, "two", words=words))
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(found) == len(wanted) > 8
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-5 * max(1, *wanted)
+    two, one = (json.loads((tmp_path / name / "summary.json").read_text())["test"] for name in ("two", "one"))
+    assert one
+    assert two == pytest.approx(one, abs=1e-3)
+
+
+def learnable(task: str, place: Path) -> str:
+    """The name of a data file for a task, with 60 rows."""
+    rows = told_topics(60)
+    if task == "tag":
+        told = (
+            "".join(f"{word} {topic if word in WORDS[topic] else 'O'}\n" for word in said.split())
+            for said, _, topic, _ in rows
+        )
+        text, name = "\n".join(told), "data.conll"
+    elif task == "complete":
+        text, name = "\n".join(f"{prompt} {answer}" for prompt, answer in pairs(200)), "data.txt"
+    else:
+        row_of = {
+            "labels": lambda said, other, one, two: {"text": f"{said} {other}", "labels": sorted({one, two})},
+            "regress": lambda said, other, one, two: {"text": said, "text2": other, "score": float(one == two)},
+            "answer": lambda said, other, one, two: {
+                "context": f"{said} {other}",
+                "question": f"the {two}",
+                "answers": {"text": [other], "answer_start": [len(said) + 1]},
+            },
+        }[task]
+        text, name = "".join(json.dumps(row_of(*row)) + "\n" for row in rows), "data.jsonl"
+    (place / name).write_text(text, encoding="utf-8")
+    return name
 
 
 _PREFIX = """
