@@ -21,11 +21,14 @@ from lorakit.tasks.task import TASKS, task_of
 from sides import digits
 from sides.jobs import DATA
 
+LORA, FEW, FULL = "LoRA", "LoRA of rank 1 on few matrices", "full fine-tuning"
+
 
 class Job(NamedTuple):
     """What is trained on what, and how long; the metrics that are told, the first of which chooses.
 
-    With `write` answers are written too, and measured.
+    With `write` answers are written too, and measured. `few`: matrices that learn with rank 1 on a third side, where
+    `rank` on all of them is more than 2 % of a small base.
     """
 
     task: str
@@ -39,6 +42,7 @@ class Job(NamedTuple):
     full_rates: tuple[float, ...]
     choices: Mapping[str, Any] = {}
     write: bool = False
+    few: tuple[str, ...] = ()
 
 
 def _minilm() -> Base:
@@ -58,11 +62,11 @@ JOBS = {
     "image": Job("image", digits.data, digits.vit, ("accuracy",), 30, 32, 1, (2e-3, 5e-3), (3e-4, 1e-3)),
     "complete": Job(
         "complete", complete.splits, complete.stories_base, ("perplexity",), 4, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
-        complete.CHOICES,
+        complete.CHOICES, few=("q", "o", "mlp"),
     ),
     "generate": Job(
         "generate", _restaurants, complete.stories_base, ("loss", "bleu"), 6, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
-        write=True,
+        write=True, few=("q", "o", "mlp"),
     ),
 }  # fmt: skip
 
@@ -75,12 +79,17 @@ class Run(NamedTuple):
     share: float
 
 
-def trained(job: Job, whole: bool, rate: float, seed: int) -> Run:
-    """One fit: of the whole base, or of LoRA on every matrix."""
+def trained(job: Job, side: str, rate: float, seed: int) -> Run:
+    """One fit: of the whole base, of LoRA on every matrix, or of few of them."""
     base, data = job.base(), job.data()
-    plan = Plan({}, ("*",)) if whole else TASKS[job.task].plan(base.model, job.rank, scale=2.0)
+    plan_of, model = TASKS[job.task].plan, base.model
+    plans: dict[str, Callable[[], Plan]] = {
+        LORA: lambda: plan_of(model, job.rank, scale=2.0),
+        FEW: lambda: plan_of(model, 1, job.few, scale=2.0),
+        FULL: lambda: Plan({}, ("*",)),
+    }
     settings = {"epochs": job.epochs, "batch_size": job.batch, "learning_rate": rate, "seed": seed, "patience": 100}
-    found = lk.fit(base, data, job.task, plan=plan, **settings, **job.choices)
+    found = lk.fit(base, data, job.task, plan=plans[side](), **settings, **job.choices)
     metrics = found.metrics
     if job.write:
         opened = found.adapter, task_of(found.adapter.meta["task"])
@@ -94,18 +103,19 @@ def compare(bench: Bench, name: str) -> None:
     job = JOBS[name]
     best_of = min if job.metrics[0] in ("loss", "perplexity") else max
     found: dict[str, list[Run]] = {}
-    for side, whole, rates in (("LoRA", False, job.rates), ("full fine-tuning", True, job.full_rates)):
-        tried = {rate: trained(job, whole, rate, 0) for rate in (rates[:1] if bench.quick else rates)}
+    for side in (FULL, LORA, *([FEW] if job.few else [])):
+        rates = job.full_rates if side == FULL else job.rates
+        tried = {rate: trained(job, side, rate, 0) for rate in (rates[:1] if bench.quick else rates)}
         best = best_of(tried, key=lambda rate: tried[rate].valid)
         bench.fact(f"{name}, {side}: learning rate of {', '.join(map(str, tried))}", best)
-        found[side] = [tried[best], *(trained(job, whole, best, seed) for seed in range(1, 1 if bench.quick else 3))]
+        found[side] = [tried[best], *(trained(job, side, best, seed) for seed in range(1, 1 if bench.quick else 3))]
+        bench.fact(f"{name}, {side}: parameters that learn, per cent", round(found[side][0].share, 2))
         for metric in job.metrics:
-            values = [round(run.metrics[metric], 4) for run in found[side]]
-            bench.fact(f"{name}, {side}: held-out {metric}", values)
-    for metric in job.metrics:
-        gaps = [a.metrics[metric] - b.metrics[metric] for a, b in zip(*found.values())]
-        bench.fact(f"{name}, {metric}: LoRA minus full, mean", round(statistics.mean(gaps), 4))
-    bench.fact(f"{name}, parameters that LoRA and the head learn, per cent", round(found["LoRA"][0].share, 2))
+            values = [run.metrics[metric] for run in found[side]]
+            bench.fact(f"{name}, {side}: held-out {metric}", [round(value, 4) for value in values])
+            gaps = [a - b.metrics[metric] for a, b in zip(values, found[FULL])]
+            if side != FULL:
+                bench.fact(f"{name}, {side}: {metric} minus that of the whole, mean", round(statistics.mean(gaps), 4))
 
 
 def main() -> None:
