@@ -118,7 +118,7 @@ BAD = [
     ({**ROW, "answer": "Bob", "start": 9}, ["'Bob' does not stand at character 9", "it first stands at 10"]),
     ({**ROW, "answer": "Bob", "start": "x"}, ["does not stand at character x"]),
     ({**ROW, "answer": 5}, ["an answer is 5"]),
-    ({**ROW, "question": " ", "answer": "Bob"}, ["row 1: the question is ' '"]),
+    ({**ROW, "question": " ", "answer": "Bob"}, ["row 1: the question is empty"]),
     ({**ROW, "context": "", "answer": "Bob"}, ["row 1: the context is empty"]),
     ({"question": "Who?", "answer": "Bob"}, ["usual name for the context", "--context COLUMN"]),
 ]

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from lorakit.data import Splits, load_rows, load_splits
-from lorakit.data.batches import Tokens, passes, plain_batches, training_batches
+from lorakit.data.batches import Tokens, passes, training_batches
 from lorakit.data.rows import Rows, split
 from lorakit.errors import DataError
 
@@ -191,8 +191,3 @@ def test_a_step_is_cut_into_passes_of_bounded_size():
     data = tokens([5, 1, 3, 9, 2])
     assert passes(data, range(5), 6) == [[1, 4, 2], [0], [3]]
     assert passes(data, [3, 0], 100) == [[0, 3]]
-
-
-def test_plain_batches_cover_all_rows():
-    data = tokens([5, 1, 3])
-    assert sorted(i for batch in plain_batches(data, 4, range(3)) for i in batch.examples) == [0, 1, 2]

@@ -111,7 +111,7 @@ def test_texts_are_kept_to_the_last_space_and_line_separator(tmp_path):
     ("rows", "parts"),
     [
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}], ["row 2", "'completion' is empty"]),
-        ([{"prompt": None, "completion": "b"}], ["row 1", "'prompt' is None", "text"]),
+        ([{"prompt": None, "completion": "b"}], ["row 1", "'prompt' is empty"]),
         ([{"prompt": "a", "completion": 4}], ["row 1", "'completion' is 4", "must be text"]),
         ([{"prompt": "a\x00", "completion": "b"}], ["row 1", "NUL"]),
         ([{"prompt": "a", "reply": "b"}], ["prompt, reply", "--prompt", "--answer", "messages"]),

@@ -120,5 +120,10 @@ def test_faults_are_told(tmp_path):
     (tmp_path / "u.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="name one with --text COLUMN"):
         load_documents(tmp_path / "u.csv")
-    with pytest.raises(DataError, match="row 2 is 3; it must be text"):
+    with pytest.raises(DataError, match="row 2: it is 3; it must be text"):
         make_documents(["a", 3])
+    (tmp_path / "v.jsonl").write_text('{"text": "a"}\n{"text": "b \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"row 2: column 'text' has '\\ud83d' at character 2, half of a character"):
+        load_documents(tmp_path / "v.jsonl")
+    with pytest.raises(DataError, match=r"row 1: it has '\\ud83d' at character 0"):
+        make_documents(["\ud83d"])

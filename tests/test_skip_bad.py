@@ -88,6 +88,23 @@ READ = [  # task, part, a row that reading or comparing the parts refuses, why
     ("image_text", "train", {"image": "1.png", "text": "", "label": "a"}, "column 'text' is empty"),
 ]  # fmt: skip
 
+HALF = "rain \ud83d"  # an emoji that was cut, as JSON can hold it
+CUT = r"has '\ud83d' at character 5, half of a character"
+READ += [
+    ("classify", "train", {"text": HALF, "label": "a"}, f"column 'text' {CUT}"),
+    ("classify", "train", {"text": "a", "label": HALF}, f"column 'label' {CUT}"),
+    ("labels", "train", {"text": "a", "labels": [HALF]}, f"a label in column 'labels' {CUT}"),
+    ("embed", "train", {"query": "a", "positive": HALF}, f"column 'positive' {CUT}"),
+    ("tag", "train", {"words": ["rain", HALF[-1]], "tags": ["O", "O"]}, f"it {CUT}"),
+    ("answer", "train", {"question": "q?", "context": HALF, "answer": "rain"}, f"the context {CUT}"),
+    ("recommend", "train", {"user": HALF, "item": "i1", "time": 3}, f"column 'user' {CUT}"),
+    ("generate", "train", {"prompt": HALF, "completion": "a"}, f"column 'prompt' {CUT}"),
+    ("generate", "train", {"messages": [TALK[0], {**TALK[1], "content": HALF}]}, f"message 2 (assistant) {CUT}"),
+    ("prefer", "train", {"prompt": "a", "chosen": "b", "rejected": HALF}, f"column 'rejected' {CUT}"),
+    ("translate", "train", {"source": HALF, "target": "a"}, f"column 'source' {CUT}"),
+    ("image", "train", {"image": "1.png", "label": HALF}, f"column 'label' {CUT}"),
+]
+
 MADE = [  # task, base, part, a row that only the base refuses, why
     ("classify", "bert", "train", {"text": LONG, "label": "a"}, "texts are longer than 24 tokens"),
     ("labels", "bert", "valid", {"text": LONG, "labels": ["a"]}, "texts are longer than 24 tokens"),

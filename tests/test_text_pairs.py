@@ -144,7 +144,8 @@ def test_a_fitted_pair_model_predicts_evaluates_and_says_what_it_wants(place, ru
         (["i like rain"], "'texts' has single texts, and pairs of texts were learned; give a second one to each"),
         ([("a", "b"), "c"], r"row 2 is 'c'; it must be a pair of texts"),
         ([("a", "b", "c")], "it must be a pair of texts"),
-        ([("a", " ")], "row 1 has an empty text"),
+        ([("a", " ")], "a text of row 1 is empty"),
+        (["rain \ud83d"], r"row 1 has '\\ud83d' at character 5, half of a character"),
         (["a", ("b", "c")], "row 2 is .*; it must be a text"),
         ([("rain " * 30, "snow")], r"1 of 1 texts are longer than 24 tokens"),
     ):

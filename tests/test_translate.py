@@ -90,9 +90,9 @@ def test_two_languages_of_one_column_are_named(tmp_path: Path, as_text: bool) ->
 
 
 BAD = [
-    ({"source": "a", "target": " "}, {}, "row 2: 'target' is empty"),
-    ({"source": "a", "target": 3}, {}, "row 2: 'target' is 3; it must be text"),
-    ({"source": "a\x00", "target": "b"}, {}, "row 2: 'source' has a NUL character"),
+    ({"source": "a", "target": " "}, {}, "row 2: column 'target' is empty"),
+    ({"source": "a", "target": 3}, {}, "row 2: column 'target' is 3; it must be text"),
+    ({"source": "a\x00", "target": "b"}, {}, "row 2: column 'source' has a NUL character"),
     ({"translation": "{"}, {"source": "en", "target": "de"}, "row 2: column 'translation' is a text, and no object"),
     ({"translation": ["a"]}, {"source": "en", "target": "de"}, "must be an object with a text for each language"),
     ({"a": "x", "b": "y"}, {}, "its columns are a, b: name two with --source COLUMN and --target COLUMN"),
@@ -295,7 +295,7 @@ def test_predict_writes_what_generate_does(place: Path, run: dict[str, Any], dat
     assert (cut.target, cut.stopped) == (found[0].target.split()[0], False)
     with pytest.raises(UsageError, match="beams 0; both must be at least 1"):
         lk.predict(place / "run", texts, beams=0)
-    with pytest.raises(DataError, match="row 2: 'text' is empty"):
+    with pytest.raises(DataError, match="row 2: it is empty"):
         lk.predict(place / "run", ["a", " "])
     with pytest.raises(UsageError, match="takes no option 'beam'; did you mean 'beams'"):
         lk.predict(place / "run", texts, beam=2)

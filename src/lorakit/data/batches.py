@@ -5,7 +5,7 @@ Batch of its own; the loop knows no more of them than stands here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, overload
@@ -225,9 +225,3 @@ def passes(examples: Examples, indices: Sequence[int], most: int) -> list[list[i
         parts[-1].append(i)
         room -= lengths[i]
     return parts
-
-
-def plain_batches(examples: Examples, most: int, indices: Sequence[int]) -> Iterator[Batch]:
-    """These examples once, by length, at most `most` tokens at a time."""
-    for part in passes(examples, indices, most):
-        yield examples.gather(part)

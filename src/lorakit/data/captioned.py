@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.data.batches import Batch, Examples, TextBatch, Tokens
+from lorakit.data.cells import text_of
 from lorakit.data.images import Images, load_images, make_images
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.ragged import Ragged
@@ -97,8 +98,9 @@ def make_captioned(given: Sequence[Any]) -> Captioned:
     ]
     if faults:
         raise DataError(f"{listed(faults, 5)}; give (image, text) for each, or rows that were read from a table")
+    texts = tuple(text_of(text, f"the text of row {number}") for number, (_, text) in enumerate(given, 1))
     images = make_images([image for image, _ in given])
-    return Captioned(images, Rows(tuple(text for _, text in given), None, images.source, images.lines))
+    return Captioned(images, Rows(texts, None, images.source, images.lines))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.cells import text_in, text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
-from lorakit.data.rows import Part
+from lorakit.data.rows import Part, at
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
@@ -80,7 +81,7 @@ class Dialogues(Part):
 
     def take(self, indices: Sequence[int]) -> "Dialogues":
         """The dialogues at these positions."""
-        return Dialogues(tuple(self.turns[i] for i in indices), self.source, tuple(self.lines[i] for i in indices))
+        return Dialogues(at(self.turns, indices), self.source, at(self.lines, indices))
 
     def encoded(self) -> Iterator[str]:
         """All turns of each dialogue."""
@@ -166,13 +167,13 @@ def _reader(
 def _pair(row: Mapping[str, Any], system: str | None, asked: str, more: str | None, answered: str | None) -> Turns:
     turns: list[Turn] = []
     if system and row.get(system):
-        turns.append(Turn("system", read_text(row[system], f"column '{system}'")))
-    prompt = read_text(row.get(asked), f"column '{asked}'")
+        turns.append(Turn("system", text_in(row, system)))
+    prompt = text_in(row, asked)
     if more and row.get(more):
-        prompt += "\n\n" + read_text(row[more], f"column '{more}'")
+        prompt += "\n\n" + text_in(row, more)
     turns.append(Turn("user", prompt))
     if answered is not None:
-        turns.append(Turn("assistant", read_text(row.get(answered), f"column '{answered}'")))
+        turns.append(Turn("assistant", text_in(row, answered)))
     return tuple(turns)
 
 
@@ -203,19 +204,8 @@ def _turn(message: Mapping[str, Any], number: int) -> Turn:
     role = message.get("role", message.get("from"))
     if role not in _ROLES:
         raise DataError(f"message {number} has the unknown role {role!r}; known: {', '.join(_ROLES)}")
-    return Turn(_ROLES[role], read_text(message.get("content", message.get("value")), f"message {number} ({role})"))
+    return Turn(_ROLES[role], text_of(message.get("content", message.get("value")), f"message {number} ({role})"))
 
 
 def _few(roles: Sequence[str]) -> str:
     return ", ".join(roles[:4]) + (" ..." if len(roles) > 4 else "")
-
-
-def read_text(value: Any, place: str) -> str:
-    """The value, if it is a text that is not empty; else DataError that names the place."""
-    if not isinstance(value, str):
-        raise DataError(f"{place} is {repr(value)[:40]}; it must be text")
-    if not value.strip():
-        raise DataError(f"{place} is empty")
-    if "\x00" in value:
-        raise DataError(f"{place} has a NUL character; the file is not text")
-    return value

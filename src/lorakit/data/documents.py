@@ -11,16 +11,17 @@ White space is kept.
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.cells import any_text, text_in
 from lorakit.data.memory import Memory
-from lorakit.data.rows import Part
+from lorakit.data.rows import Part, at
 from lorakit.data.sources import column_of
 from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table, read_text, usable_rows
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError
 
 NAMES = ("text", "content", "code")
 END = "<|endoftext|>"
@@ -57,8 +58,7 @@ class Documents(Part):
 
     def take(self, indices: Sequence[int]) -> "Documents":
         """The documents at these positions."""
-        texts, lines = tuple(self.texts[i] for i in indices), tuple(self.lines[i] for i in indices)
-        return replace(self, texts=texts, lines=lines)
+        return replace(self, texts=at(self.texts, indices), lines=at(self.lines, indices))
 
     def encoded(self) -> Iterator[str]:
         """Each text, and whether it ends there."""
@@ -93,12 +93,8 @@ class Documents(Part):
 
 def make_documents(texts: Sequence[Any], source: str = "texts") -> Documents:
     """Texts from Python, to be continued; one may be empty. DataError names what is no text."""
-    wrong = [
-        f"row {n} is {text!r:.40}; it must be text" for n, text in enumerate(texts, 1) if not isinstance(text, str)
-    ]
-    if wrong:
-        raise DataError(f"'{source}': {listed(wrong, 5)}")
-    return Documents(tuple(texts), source, tuple(range(1, len(texts) + 1)))
+    found, lines = usable_rows(source, enumerate(texts, 1), lambda text: any_text(text, "it"), header=False)
+    return Documents(tuple(found), source, tuple(lines))
 
 
 def load_documents(source: str | Path | Memory, *, text: str | None = None) -> Documents:
@@ -131,23 +127,13 @@ def _of_table(source: str | Path | Memory, text: str | None) -> Documents:
     name = str(source)
     columns, table = open_table(source)
     column = column_of(name, columns, text, NAMES, "text")
-
-    def document(row: Mapping[str, Any]) -> str:
-        value = row.get(column)
-        if not isinstance(value, str) or not value.strip() or "\x00" in value:
-            why = "is empty" if not value else f"is {value!r:.40}; it must be text"
-            raise DataError(f"column '{column}' {why}")
-        return value
-
-    texts, lines = usable_rows(name, table, document, bool(columns))
+    texts, lines = usable_rows(name, table, lambda row: text_in(row, column), bool(columns))
     return Documents(tuple(texts), name, tuple(lines))
 
 
 def _of_file(path: Path) -> list[str]:
     """The documents of one file; none if it holds only white space."""
-    text = read_text(path)
-    if "\x00" in text:
-        raise DataError(f"'{path}' has a NUL character; the file is not text")
+    text = any_text(read_text(path), f"'{path}'")
     marked = END in text and ".txt" in path.suffixes
     parts = re.split(rf"^{re.escape(END)}\r?\n?", text, flags=re.MULTILINE) if marked else [text]
     return [part for part in parts if part.strip()]

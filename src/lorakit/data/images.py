@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.cells import label_in
 from lorakit.data.faults import leave_out
-from lorakit.data.rows import Part, Rows
-from lorakit.data.sources import column_of
+from lorakit.data.rows import Part, Rows, at
+from lorakit.data.sources import PARTS, column_of
 from lorakit.data.tables import DEMO, is_dataset, open_table
 from lorakit.errors import DataError, MissingExtraError, listed
 
@@ -27,7 +28,6 @@ Picture = Path | bytes | NDArray[np.uint8]  # a file, what is in one, or pixels 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "file_name", "filename", "path")
 LABEL_NAMES = ("label", "category", "class", "target")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
-PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "image", "x"), ("labels", "label", "y")
 _DIGITS = f"{DEMO}digits"
 
@@ -54,10 +54,9 @@ class Images(Part):
 
     def take(self, indices: Sequence[int]) -> "Images":
         """The rows at these positions."""
-        images, names = tuple(self.images[i] for i in indices), tuple(self.names[i] for i in indices)
-        labels = tuple(self.labels[i] for i in indices) if self.labels is not None else None
+        images, names, labels = at(self.images, indices), at(self.names, indices), at(self.labels, indices)
         known = {id(self.images[i]): self.inputs[i] for i in indices}
-        return Images(images, names, labels, self.source, tuple(self.lines[i] for i in indices), known)
+        return Images(images, names, labels, self.source, at(self.lines, indices), known)
 
     def digest(self) -> str:
         """A hash of images and labels, in their order."""
@@ -106,13 +105,14 @@ def load_images(
         except DataError as error:
             faults.append((line, f"column '{of_image}' {error}"))
             continue
-        if labels and str(row.get(of_label) if row.get(of_label) is not None else "").strip() == "":
-            faults.append((line, f"column '{of_label}' is empty"))
+        try:
+            found.append(label_in(row, of_label) if labels else "")
+        except DataError as error:
+            faults.append((line, str(error)))
             continue
         images.append(picture)
         lines.append(line)
         names.append(str(row[of_image]) if isinstance(row[of_image], str) else f"row {line}")
-        found.append(str(row.get(of_label)).strip())
     leave_out(name, faults, left=len(images))
     if not images:
         raise DataError(f"'{name}' has no rows")

@@ -10,14 +10,15 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.cells import label_in
 from lorakit.data.faults import BadRow, leave_out
-from lorakit.data.rows import Part
+from lorakit.data.rows import Part, at
 from lorakit.data.sources import column_of
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError
@@ -49,10 +50,8 @@ class Interactions(Part):
 
     def take(self, indices: Sequence[int]) -> "Interactions":
         """The rows at these positions."""
-        users, lines = (tuple(values[i] for i in indices) for values in (self.users, self.lines))
-        items = tuple(self.items[i] for i in indices) if self.items is not None else None
-        times = tuple(self.times[i] for i in indices) if self.times is not None else None
-        return Interactions(users, items, times, self.source, lines)  # type: ignore[arg-type]
+        users, items, times = at(self.users, indices), at(self.items, indices), at(self.times, indices)
+        return Interactions(users, items, times, self.source, at(self.lines, indices))
 
     def digest(self) -> str:
         """A hash of users and items, in their order."""
@@ -123,9 +122,11 @@ def load_interactions(
     found: dict[tuple[str, str], tuple[float, int]] = {}
     faults: list[tuple[int, str]] = []
     for line, row in table:
-        who, what = (_word(row.get(column)) if column else "" for column in (user_column, item_column))
-        empty = [column for column, word in ((user_column, who), (item_column, what)) if column and not word]
-        faults += [(line, f"column '{column}' is empty") for column in empty]
+        try:
+            who, what = (_word(row, column) if column else "" for column in (user_column, item_column))
+        except DataError as error:
+            faults.append((line, str(error)))
+            continue
         stars = _number(row.get(rating_column)) if rating_column else least
         when = _moment(row.get(time_column)) if time_column else 0.0
         if stars is None:
@@ -133,7 +134,7 @@ def load_interactions(
         elif when is None:
             told = f"{row.get(time_column)!r:.40}, neither a number nor a date like 2026-01-31"
             faults.append((line, f"column '{time_column}' is {told}"))
-        elif not empty and stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
+        elif stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
             found[who, what] = (when, line)
     leave_out(name, faults)
     if not found:
@@ -160,11 +161,12 @@ def _threshold(source: str, columns: list[str], rating: str) -> tuple[str, float
     return column_of(source, columns, match[1] or None, RATING_NAMES, "rating"), float(match[2])
 
 
-def _word(value: Any) -> str:
-    """A name; 7 and 7.0 are the same one."""
+def _word(row: Mapping[str, Any], column: str) -> str:
+    """A name; 7 and 7.0 are the same one. DataError if there is none."""
+    value = row.get(column)
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "" if value is None else str(value).strip()
+        row = {column: int(value)}
+    return label_in(row, column)
 
 
 def _number(value: Any) -> float | None:

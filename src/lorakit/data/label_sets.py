@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Texts, at
@@ -56,8 +57,7 @@ class LabelSets(Texts):
     def take(self, indices: Sequence[int]) -> "LabelSets":
         """The rows at these positions."""
         labels, others = at(self.labels, indices), at(self.others, indices)
-        texts, lines = tuple(self.texts[i] for i in indices), tuple(self.lines[i] for i in indices)
-        return LabelSets(texts, labels, self.source, lines, others, self.columns)
+        return LabelSets(at(self.texts, indices), labels, self.source, at(self.lines, indices), others, self.columns)
 
     def digest(self) -> str:
         """A hash of texts and labels, in their order."""
@@ -204,7 +204,8 @@ def _held(row: Mapping[str, Any], column: str, split: Callable[[str], list[str]]
     if not isinstance(value, list | tuple) or not all(type(one) in (str, int) for one in value):
         wish = "labels joined by a delimiter, or a list of them; empty where there is none"
         raise DataError(f"column '{column}' is {'null' if value is None else repr(value)[:40]}; it must be {wish}")
-    return tuple(dict.fromkeys(str(one).strip() for one in value if str(one).strip()))
+    found = (str(one).strip() for one in value)
+    return tuple(dict.fromkeys(text_of(one, f"a label in column '{column}'") for one in found if one))
 
 
 def _listed(value: str, column: str) -> Any:

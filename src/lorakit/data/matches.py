@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.cells import text_in, text_of
 from lorakit.data.faults import BadRow
-from lorakit.data.rows import Part
-from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, load_rows
+from lorakit.data.rows import Part, at
+from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, column_of, load_rows
 from lorakit.data.tables import open_table, usable_rows
-from lorakit.errors import DataError, nearest
+from lorakit.errors import DataError
 
 QUERIES = ("query", "anchor", "question")
 POSITIVES = ("positive", "answer", "document", "passage")
@@ -59,12 +60,8 @@ class Matches(Part):
 
     def take(self, indices: Sequence[int]) -> "Matches":
         """The rows at these positions."""
-        queries, positives, negatives, labels = (
-            None if values is None else tuple(values[i] for i in indices)
-            for values in (self.queries, self.positives, self.negatives, self.labels)
-        )
-        assert queries is not None
-        return Matches(queries, positives, negatives, labels, self.source, tuple(self.lines[i] for i in indices))
+        positives, negatives, labels = (at(own, indices) for own in (self.positives, self.negatives, self.labels))
+        return Matches(at(self.queries, indices), positives, negatives, labels, self.source, at(self.lines, indices))
 
     def digest(self) -> str:
         """A hash of all texts and labels, in their order."""
@@ -123,7 +120,7 @@ def make_texts(given: Sequence[str], source: str = "texts", lines: Sequence[int]
     """Single texts from Python values. DataError for one that is none."""
     rows = tuple(lines) or tuple(range(1, len(given) + 1))
     for line, text in zip(rows, given):
-        _text(text, f"'{source}': row {line}")
+        text_of(text, f"'{source}': row {line}")
     return Matches(tuple(given), None, None, None, source, rows)
 
 
@@ -147,13 +144,14 @@ def load_matches(
     if (text or label) and (query or positive or negative):
         raise DataError(f"'{name}': columns are named for pairs and for classes (text, label); name those of one form")
     others = {} if text or label else {"positive": (positive, POSITIVES), "negative": (negative, NEGATIVES)}
-    found = {part: _column(name, columns, own, usual) for part, (own, usual) in others.items()}
+    found = {part: column_of(name, columns, own, usual, part, needed=False) for part, (own, usual) in others.items()}
     if not answers:
         usual = (*QUERIES, *TEXT_NAMES)
-        alone = load_rows(source, text=text or query or _column(name, columns, None, usual), labels=False)
+        own = text or query or column_of(name, columns, None, usual, "query", needed=False)
+        alone = load_rows(source, text=own or None, labels=False)
         return make_texts(alone.texts, name, alone.lines)
     if not found.get("positive"):
-        if query or negative or not _column(name, columns, label, LABEL_NAMES):
+        if query or negative or not column_of(name, columns, label, LABEL_NAMES, "label", needed=False):
             raise DataError(
                 f"'{name}' has neither a column with positives ({', '.join(POSITIVES)}) nor one with labels "
                 f"({', '.join(LABEL_NAMES[:3])} ...); its columns are {', '.join(columns) or 'none'}: name one with "
@@ -161,7 +159,7 @@ def load_matches(
             )
         rows = load_rows(source, text=text, label=label)
         return Matches(rows.texts, None, None, rows.labels, name, rows.lines)
-    first = _column(name, columns, query, (*QUERIES, *TEXT_NAMES))
+    first = column_of(name, columns, query, (*QUERIES, *TEXT_NAMES), "query", needed=False)
     if not first or first == found["positive"]:
         raise DataError(
             f"'{name}' has positives ('{found['positive']}') and no other column with a usual name for the queries ("
@@ -173,24 +171,9 @@ def load_matches(
     return Matches(queries, positives, more[0] if more else None, None, name, tuple(lines))
 
 
-def _column(source: str, columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    if wanted is not None and wanted not in columns:
-        raise DataError(f"'{source}' has no column '{wanted}'{nearest(wanted, columns)}")
-    lower = {column.lower(): column for column in columns}
-    return wanted or next((lower[name] for name in usual if name in lower), None)
-
-
 def _row(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    texts = tuple(_text(row.get(name), f"column '{name}'") for name in names)
+    texts = tuple(text_in(row, name).strip() for name in names)
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
         raise DataError(f"{twice[:40]!r} stands in two of its columns; nothing can be learned from that")
     return texts
-
-
-def _text(value: Any, place: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place} is {'empty' if not value or isinstance(value, str) else repr(value)[:40]}")
-    if "\x00" in value:
-        raise DataError(f"{place} has a NUL character; the file is not text")
-    return value.strip()

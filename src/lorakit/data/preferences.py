@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.dialogues import MESSAGES, Dialogues, Turn, Turns, load_dialogues, read_messages, read_text
-from lorakit.data.rows import Part
+from lorakit.data.cells import text_in
+from lorakit.data.dialogues import MESSAGES, Dialogues, Turn, Turns, load_dialogues, read_messages
+from lorakit.data.rows import Part, at
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
@@ -56,11 +57,8 @@ class Preferences(Part):
 
     def take(self, indices: Sequence[int]) -> "Preferences":
         """The rows at these positions."""
-        chosen, rejected = (
-            None if answers is None else tuple(answers[i] for i in indices) for answers in (self.chosen, self.rejected)
-        )
-        turns, lines = tuple(self.turns[i] for i in indices), tuple(self.lines[i] for i in indices)
-        return Preferences(turns, chosen, rejected, self.source, lines)
+        chosen, rejected = at(self.chosen, indices), at(self.rejected, indices)
+        return Preferences(at(self.turns, indices), chosen, rejected, self.source, at(self.lines, indices))
 
     def encoded(self) -> Iterator[str]:
         """All turns and both answers of each row."""
@@ -136,9 +134,9 @@ def _reader(prompt: str | None, system: str | None) -> Callable[[Mapping[str, An
     def read(row: Mapping[str, Any], column: str) -> tuple[Turns, str]:
         said = _unpacked(row.get(column))
         if isinstance(said, str) and prompt is not None:
-            return _asked(row, prompt, system), read_text(said, f"column '{column}'")
+            return _asked(row, prompt, system), text_in(row, column)
         if isinstance(said, str):
-            return _parted(_talk(read_text(said, f"column '{column}'"), column))
+            return _parted(_talk(text_in(row, column), column))
         alone = isinstance(said, Sequence) and len(said) == 1 and isinstance(said[0], Mapping)
         if alone and prompt is not None:
             asked = _asked(row, prompt, system)
@@ -163,9 +161,8 @@ def _asked(row: Mapping[str, Any], prompt: str, system: str | None) -> Turns:
     said = _unpacked(row.get(prompt))
     if not isinstance(said, str) and said is not None:
         return read_messages({prompt: said}, prompt, False)
-    asked = Turn("user", read_text(said, f"column '{prompt}'"))
-    first = row.get(system) if system else None
-    return (Turn("system", read_text(first, f"column '{system}'")), asked) if first else (asked,)
+    asked = Turn("user", text_in(row, prompt))
+    return (Turn("system", text_in(row, system)), asked) if system and row.get(system) else (asked,)
 
 
 def _talk(text: str, column: str) -> Turns:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
-from lorakit.data.rows import Part
+from lorakit.data.rows import Part, at
 from lorakit.data.sources import column_of
 from lorakit.data.tables import open_table, read_text
 from lorakit.errors import DataError
@@ -66,9 +67,8 @@ class Questions(Part):
 
     def take(self, indices: Sequence[int]) -> "Questions":
         """The rows at these positions."""
-        answers = tuple(self.answers[i] for i in indices) if self.answers is not None else None
-        asked, contexts = (tuple(part[i] for i in indices) for part in (self.questions, self.contexts))
-        return Questions(asked, contexts, answers, self.source, tuple(self.lines[i] for i in indices))
+        asked, contexts, answers = at(self.questions, indices), at(self.contexts, indices), at(self.answers, indices)
+        return Questions(asked, contexts, answers, self.source, at(self.lines, indices))
 
     def digest(self) -> str:
         """A hash of questions, contexts and answers, in their order."""
@@ -214,15 +214,12 @@ def _pairs(value: Any) -> list[tuple[Any, Any]]:
 def _checked(source: str, found: Sequence[Row], faults: Faults) -> Questions:
     answers: dict[int, tuple[Quote, ...]] = {}
     for line, question, context, said in found:
-        for noun, text in (("question", question), ("context", context)):
-            if not isinstance(text, str) or not text.strip():
-                faults.append((line, f"the {noun} is {'empty' if not text else repr(text)[:40]}"))
-            elif "\x00" in text:
-                faults.append((line, f"the {noun} has a NUL character; the file is not text"))
-        if said is not None and isinstance(context, str):
-            placed = [_placed(text, start, context) for text, start in said]
-            faults += [(line, one) for one in placed if isinstance(one, str)]
-            answers[line] = tuple(one for one in placed if isinstance(one, Quote))
+        try:
+            for noun, text in (("question", question), ("context", context)):
+                text_of(text, f"the {noun}")
+            answers[line] = tuple(_placed(text, start, context) for text, start in said or ())
+        except DataError as error:
+            faults.append((line, str(error)))
     bad = {line for line, _ in faults}
     good = [row for row in found if row[0] not in bad]
     leave_out(source, sorted(faults), left=len(good))
@@ -234,15 +231,13 @@ def _checked(source: str, found: Sequence[Row], faults: Faults) -> Questions:
     return Questions(asked, contexts, tuple(answers[line] for line in lines) if known else None, source, lines)
 
 
-def _placed(text: Any, start: Any, context: str) -> Quote | str:
-    """The answer; or why it is none."""
-    if not isinstance(text, str) or not text.strip():
-        return f"an answer is {repr(text)[:40]}; it must be text"
-    at = context.find(text)
-    if start is None:
-        return Quote(text, at) if at >= 0 else f"the answer {text[:60]!r} does not stand in the context"
-    place = int(start) if str(start).strip().isdigit() else -1
+def _placed(text: Any, start: Any, context: str) -> Quote:
+    """The answer. DataError if it is none."""
+    first = context.find(text_of(text, "an answer"))
+    if start is None and first < 0:
+        raise DataError(f"the answer {text[:60]!r} does not stand in the context")
+    place = first if start is None else int(start) if str(start).strip().isdigit() else -1
     if place >= 0 and context.startswith(text, place):
         return Quote(text, place)
-    other = f"it first stands at {at}" if at >= 0 else "it stands nowhere in it"
-    return f"the answer {text[:60]!r} does not stand at character {start} of the context; {other}"
+    other = f"it first stands at {first}" if first >= 0 else "it stands nowhere in it"
+    raise DataError(f"the answer {text[:60]!r} does not stand at character {start} of the context; {other}")

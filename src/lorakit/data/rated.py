@@ -35,8 +35,7 @@ class Rated(Texts):
     def take(self, indices: Sequence[int]) -> "Rated":
         """The rows at these positions."""
         numbers, others = at(self.numbers, indices), at(self.others, indices)
-        lines = tuple(self.lines[i] for i in indices)
-        return Rated(tuple(self.texts[i] for i in indices), numbers, self.source, lines, others)
+        return Rated(at(self.texts, indices), numbers, self.source, at(self.lines, indices), others)
 
     def encoded(self) -> Iterator[str]:
         """Texts and number of each row."""

@@ -203,8 +203,7 @@ class Rows(Texts):
     def take(self, indices: Sequence[int]) -> "Rows":
         """The rows at these positions."""
         labels, others = at(self.labels, indices), at(self.others, indices)
-        lines = tuple(self.lines[i] for i in indices)
-        return Rows(tuple(self.texts[i] for i in indices), labels, self.source, lines, others)
+        return Rows(at(self.texts, indices), labels, self.source, at(self.lines, indices), others)
 
     def encoded(self) -> Iterator[str]:
         """Texts and label of each row."""
@@ -234,6 +233,10 @@ class Rows(Texts):
         return faults + self.unlike(valid, test)
 
 
+@overload
+def at(values: tuple[T, ...], indices: Sequence[int]) -> tuple[T, ...]: ...
+@overload
+def at(values: None, indices: Sequence[int]) -> None: ...
 def at(values: tuple[T, ...] | None, indices: Sequence[int]) -> tuple[T, ...] | None:
     """The values at these positions, where there are values."""
     return None if values is None else tuple(values[i] for i in indices)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorakit.data.cells import label_in, text_in
 from lorakit.data.faults import gathered, skipping, usable
 from lorakit.data.memory import NAME, Memory, in_memory, parts_in_memory
 from lorakit.data.rows import Part, Rows, Splits, split
@@ -24,7 +25,7 @@ PAIRS = (
     ("question1", "question2"),
 )
 LABEL_NAMES = ("label", "intent", "category", "class", "sentiment", "target", "gold_label", "is_duplicate")
-_PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
+PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
 _SHARE = 0.1  # of the training rows, for a part that is not given
 
 P = TypeVar("P", bound=Part)
@@ -63,7 +64,7 @@ def load_splits(
 
 
 def _loaded(data: Any, given: Mapping[str, Any], seed: int, reader: Callable[[Any], Any]) -> Splits[Any]:
-    parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, _PARTS)
+    parts = _parts(data) if isinstance(data, str | Path) else parts_in_memory(data, PARTS)
     loaded = {"train": reader(parts.get("train", data))}
     for name, own in given.items():
         place = own if own is not None else parts.get(name)
@@ -94,13 +95,8 @@ def load_rows(
     places = text_columns(name, columns, text, text2)
     column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
 
-    def learned(row: Mapping[str, Any]) -> str:
-        tag = row.get(column)
-        if tag is None or not str(tag).strip():
-            raise DataError(f"column '{column}' is empty")
-        return str(tag).strip()
-
-    texts, others, found, lines = read_texts(name, columns, table, places, learned if column else None)
+    learned = partial(label_in, column=column) if column else None
+    texts, others, found, lines = read_texts(name, columns, table, places, learned)
     return Rows(texts, found, name, lines, others)
 
 
@@ -119,21 +115,12 @@ def read_texts(
     first, second = places
 
     def read(row: Mapping[str, Any]) -> tuple[str, str, list[X]]:
-        own = [_text(row, column) for column in (first, second) if column]
+        own = [text_in(row, column).strip() for column in (first, second) if column]
         return own[0], own[-1], [learned(row)] if learned else []
 
     found, lines = usable_rows(source, table, read, bool(columns))
     texts, others, goals = zip(*found)
     return texts, others if second else None, tuple(goal for (goal,) in goals) if learned else None, tuple(lines)
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"column '{column}' is {'empty' if not value else repr(value)[:40]}")
-    if "\x00" in value:
-        raise DataError("the text has a NUL character; the file is not text")
-    return value.strip()
 
 
 def text_columns(source: str, columns: list[str], text: str | None, text2: str | None) -> tuple[str, str]:
@@ -185,7 +172,7 @@ def _parts(data: str | Path) -> dict[str, Any]:
     """Parts that a directory or the demo brings by itself: train, valid, test -> source."""
     name = str(data)
     if name == f"{DEMO}support":
-        return {part: f"{DEMO}support_{part}" for part in _PARTS}
+        return {part: f"{DEMO}support_{part}" for part in PARTS}
     path = Path(data)
     if not path.is_dir():
         from lorakit.data.images import parts_of_archive
@@ -194,7 +181,7 @@ def _parts(data: str | Path) -> dict[str, Any]:
     from lorakit.data.documents import CODE
 
     found: dict[str, Any] = {}
-    for part, names in _PARTS.items():
+    for part, names in PARTS.items():
         for candidate in names:
             files = [path / f"{candidate}{suffix}" for suffix in (*SUFFIXES, ".npz")] + [path / candidate]
             files += sorted(path.glob(f"{candidate}.*"))

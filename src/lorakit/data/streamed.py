@@ -142,10 +142,6 @@ class Streamed(Part):
         """How many rows, and what a few of them are."""
         return f"{len(self):,} rows, which stay in their file; {len(self._core)} of them: {self._core.about()}"
 
-    def faults(self, valid: Part, test: Part) -> list[str]:
-        """Why it cannot be learned from and measured by these two, by a few rows that stand for all."""
-        return self._core.faults(valid.core, test.core)
-
 
 def read_or_streamed(source: Any, read: Callable[[Any], Part], most: int | None) -> Part:
     """What `read` makes of a table, in memory where that takes less than `most` bytes (default: half of what is free).

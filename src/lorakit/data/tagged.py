@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
-from lorakit.data.rows import Part
+from lorakit.data.rows import Part, at
 from lorakit.data.sources import column_of
 from lorakit.data.spans import completed, plain_and_prefixed
 from lorakit.data.tables import SUFFIXES, open_table, read_text
@@ -58,8 +59,7 @@ class Tagged(Part):
 
     def take(self, indices: Sequence[int]) -> "Tagged":
         """The rows at these positions."""
-        tags = tuple(self.tags[i] for i in indices) if self.tags is not None else None
-        return Tagged(tuple(self.words[i] for i in indices), tags, self.source, tuple(self.lines[i] for i in indices))
+        return Tagged(at(self.words, indices), at(self.tags, indices), self.source, at(self.lines, indices))
 
     def encoded(self) -> Iterator[str]:
         """Words and tags of each row."""
@@ -163,10 +163,12 @@ def _checked(source: str, given: Sequence[Sentence], faults: Faults) -> Tagged:
             faults.append((line, "it has no words"))
         elif marks is not None and len(marks) != len(said):
             faults.append((line, f"{len(said)} words and {len(marks)} tags; each word needs one"))
-        elif any("\x00" in word for word in said):
-            faults.append((line, "a word has a NUL character; the file is not text"))
         else:
-            found.append((line, said, marks))
+            try:
+                text_of(" ".join((*said, *(marks or ()))), "it")
+                found.append((line, said, marks))
+            except DataError as error:
+                faults.append((line, str(error)))
     leave_out(source, sorted(faults), left=len(found))
     if not found:
         raise DataError(f"'{source}' has no rows")

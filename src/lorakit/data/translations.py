@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.rows import Part
+from lorakit.data.cells import text_in, text_of
+from lorakit.data.rows import Part, at
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
@@ -55,9 +56,7 @@ class Translations(Part):
 
     def take(self, indices: Sequence[int]) -> "Translations":
         """The rows at these positions."""
-        targets = None if self.targets is None else tuple(self.targets[i] for i in indices)
-        texts, lines = tuple(self.texts[i] for i in indices), tuple(self.lines[i] for i in indices)
-        return Translations(texts, targets, self.source, lines)
+        return Translations(at(self.texts, indices), at(self.targets, indices), self.source, at(self.lines, indices))
 
     def encoded(self) -> Iterator[str]:
         """Text and target of each row."""
@@ -78,7 +77,7 @@ class Translations(Part):
 
 def make_translations(texts: Sequence[Any], source: str = "texts") -> Translations:
     """Texts from Python, without targets. DataError names those that are none."""
-    return _read(source, enumerate(({"text": text} for text in texts), 1), lambda row: (_text(row, "text"), None))
+    return _read(source, enumerate(texts, 1), lambda text: (text_of(text, "it"), None), header=False)
 
 
 def load_translations(
@@ -130,7 +129,7 @@ def _reader(name: str, columns: Sequence[str], source: str | None, target: str |
             f"{', '.join(columns) or 'none'}: name two with --source COLUMN and --target COLUMN"
         )
     first, second = pairs[0]
-    return lambda row: (_text(row, first or ""), _text(row, second or "") if targets else None)
+    return lambda row: (text_in(row, first or ""), text_in(row, second or "") if targets else None)
 
 
 def _languages(row: Mapping[str, Any], column: str, source: str, target: str | None) -> tuple[str, str | None]:
@@ -145,15 +144,4 @@ def _languages(row: Mapping[str, Any], column: str, source: str, target: str | N
     for language in (source, target):
         if language is not None and language not in said:
             raise DataError(f"column '{column}' has no '{language}'{nearest(language, list(said))}")
-    return _text(said, source), _text(said, target) if target is not None else None
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"'{column}' is empty")
-    if not isinstance(value, str):
-        raise DataError(f"'{column}' is {repr(value)[:40]}; it must be text")
-    if "\x00" in value:
-        raise DataError(f"'{column}' has a NUL character; the file is not text")
-    return value
+    return text_of(said[source], f"'{source}'"), None if target is None else text_of(said[target], f"'{target}'")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data.batches import TextBatch, Tokens
+from lorakit.data.cells import text_of
 from lorakit.data.rows import Texts
 from lorakit.errors import DataError, listed
 from lorakit.tasks.base import Base
@@ -110,8 +111,12 @@ def given_texts(given: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...] 
     for line, (one, row) in enumerate(zip(given, rows), 1):
         if len(row) != 1 + pairs or not all(isinstance(text, str) for text in row):
             faults.append(f"row {line} is {one!r:.40}; it must be {want}")
-        elif not all(text.strip() for text in row):
-            faults.append(f"row {line} is empty" if not pairs else f"row {line} has an empty text")
+            continue
+        try:
+            for text in row:
+                text_of(text, f"a text of row {line}" if pairs else f"row {line}")
+        except DataError as error:
+            faults.append(str(error))
     if faults:
         raise DataError(f"'{GIVEN}': {listed(faults, 5)}")
     others = tuple(row[1] for row in rows) if pairs else None
