@@ -10,6 +10,7 @@ from lorakit.data import Splits, load_rows, load_splits
 from lorakit.data.batches import Tokens, passes, training_batches
 from lorakit.data.rows import Rows, split
 from lorakit.errors import DataError
+from lorakit.tasks.task import TASKS
 
 ROWS = [("good film", "pos"), ("bad film", "neg"), ("so, so", "neg")]
 
@@ -86,6 +87,37 @@ def test_a_faulty_file_is_named_with_its_row_and_the_way_out(tmp_path, name, con
         load_rows(path)
     for part in parts:
         assert part in str(caught.value)
+
+
+ONE_COLUMN = [  # task, columns of a table, those that are named, what is said
+    ("classify", "text,label", {"label": "text"}, "text and label are both 'text'"),
+    ("classify", "text,text2", {"label": "text2"}, "text2 and label are both 'text2'"),
+    ("regress", "text,score", {"number": "text"}, "text and number are both 'text'"),
+    ("labels", "text,labels", {"label": "text"}, "text and label are both 'text'"),
+    ("labels", "text,toxic", {"labels": "toxic,text"}, "text and labels are both 'text'"),
+    ("tag", "words,tags", {"tags": "words"}, "words and tags are both 'words'"),
+    ("embed", "query,positive", {"positive": "query"}, "query and positive are both 'query'"),
+    ("embed", "query,positive", {"negative": "positive"}, "positive and negative are both 'positive'"),
+    ("embed", "text,label", {"label": "text"}, "text and label are both 'text'"),
+    ("answer", "question,context,answer", {"answer": "context"}, "context and answer are both 'context'"),
+    ("recommend", "user,item", {"item": "user"}, "user and item are both 'user'"),
+    ("generate", "question,answer", {"answer": "question"}, "prompt and answer are both 'question'"),
+    ("generate", "question,answer", {"prompt": "answer"}, "prompt and answer are both 'answer'"),
+    ("prefer", "prompt,chosen,rejected", {"chosen": "prompt"}, "prompt and chosen are both 'prompt'"),
+    ("prefer", "prompt,chosen,rejected", {"rejected": "chosen"}, "chosen and rejected are both 'chosen'"),
+    ("translate", "text,summary", {"target": "text"}, "source and target are both 'text'"),
+    ("translate", "text,summary", {"source": "summary"}, "source and target are both 'summary'"),
+    ("image", "image,label", {"label": "image"}, "image and label are both 'image'"),
+    ("image_text", "image,text,label", {"label": "text"}, "text and label are both 'text'"),
+    ("image_text", "image,text,label", {"text": "image"}, "text and image are both 'image'"),
+]
+
+
+@pytest.mark.parametrize(("task", "header", "named", "told"), ONE_COLUMN)
+def test_what_is_learned_is_never_what_it_is_learned_from(tmp_path, task, header, named, told):
+    path = put(tmp_path / "a.csv", f"{header}\n{header}\n")
+    with pytest.raises(DataError, match=rf"a.csv': {told}; give each a column of its own, with --"):
+        TASKS[task].read(path, **named)
 
 
 def test_binary_junk_is_not_taken_for_text(tmp_path):

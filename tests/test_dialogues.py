@@ -59,6 +59,8 @@ def test_named_columns_win_and_are_taken_as_they_are(tmp_path):
         load_dialogues(path, prompt="ask", answer="sya")
     with pytest.raises(DataError, match="both 'ask'"):
         load_dialogues(path, prompt="ask", answer="ask")
+    path = put(tmp_path / "b.jsonl", [{"ask": "2 + 2?", "system": "4"}])
+    assert load_dialogues(path, prompt="ask", answer="system").turns == (ONE,)
 
 
 def test_alpaca_puts_its_input_behind_an_empty_line(tmp_path):

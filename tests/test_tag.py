@@ -14,7 +14,7 @@ from lorakit.cli import main
 from lorakit.data import load_splits
 from lorakit.data.memory import in_memory
 from lorakit.data.tagged import load_tagged, make_tagged
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.base import load_base
@@ -207,8 +207,8 @@ def test_what_cannot_be_used_is_told(place, base, data, result):
     assert len(cut.tags) == len(cut.words) == 22
     with pytest.raises(DataError, match="row 1: it is empty"):
         lk.predict(place / "run", [" "])
-    with pytest.raises(UsageError, match="both 'tags'"):
-        Tag.read(place / "data.conll", words="tags", tags="tags")
+    with pytest.raises(DataError, match="words and tags are both '1'"):
+        Tag.read(place / "data.conll", tags="1")
 
 
 def test_the_verbs(place, result, capsys, tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import lorakit as lk
 from lorakit.cli import main
 from lorakit.data import Rows, Splits, load_rows, load_splits
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError
 from lorakit.fit.use import open_run
 from lorakit.tasks.base import load_base
 from lorakit.tasks.classify import Classify
@@ -67,7 +67,7 @@ def test_named_columns_say_whether_they_are_pairs(tmp_path):
         load_rows(tmp_path / "a.csv", text="query", text2="query")
     with pytest.raises(DataError, match="no column 'premis'; did you mean 'premise'"):
         load_rows(tmp_path / "a.csv", text="query", text2="premis")
-    with pytest.raises(UsageError, match="--text2 and --label are both 'label'"):
+    with pytest.raises(DataError, match="text2 and label are both 'label'; give each a column of its own"):
         Classify.read(tmp_path / "a.csv", text="query", text2="label", label="label")
     (tmp_path / "b.csv").write_text("text,text2,label\na,b,x\na,,x\n", encoding="utf-8")
     with pytest.raises(DataError, match="row 3: column 'text2' is empty"):

@@ -87,6 +87,8 @@ def test_two_languages_of_one_column_are_named(tmp_path: Path, as_text: bool) ->
         load_translations(file)
     with pytest.raises(DataError, match=r"row 1: column 'translation' has no 'es'"):
         load_translations(file, source="en", target="es")
+    with pytest.raises(DataError, match="source and target are both 'en'"):
+        load_translations(file, source="en", target="en")
 
 
 BAD = [

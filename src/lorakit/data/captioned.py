@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lorakit.data.batches import Batch, Examples, TextBatch, Tokens
 from lorakit.data.cells import text_of
-from lorakit.data.images import Images, load_images, make_images
+from lorakit.data.images import IMAGE_NAMES, Images, load_images, make_images
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.ragged import Ragged
 from lorakit.data.rows import Part, Rows
-from lorakit.data.sources import load_rows
+from lorakit.data.sources import LABEL_NAMES, column_of, load_rows, text_columns
+from lorakit.data.tables import open_table
 from lorakit.errors import DataError, listed
 
 
@@ -77,11 +78,15 @@ def load_captioned(
     label: str | None = None,
     labels: bool = True,
 ) -> Captioned:
-    """The rows of one table."""
-    texts = load_rows(source, text=text, label=label, labels=labels)
-    images = load_images(source, image=image, labels=False) if Path(source).is_file() else None
-    if images is None:
+    """The rows of one table; `labels=False` reads no labels. DataError names every row that cannot be used, and why."""
+    if not Path(source).is_file():
         raise DataError(f"'{source}' is no table; give one with the columns image, text and label")
+    name, columns = str(source), open_table(source)[0]
+    of_image = column_of(name, columns, image, IMAGE_NAMES, "image")
+    of_label = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
+    of_text, _ = text_columns(name, columns, text, None, ("image", of_image), ("label", of_label))
+    texts = load_rows(source, text=of_text, label=of_label or None, labels=labels)
+    images = load_images(source, image=of_image, labels=False)
     both = {*images.lines} & {*texts.lines}  # of each half other rows may have been left out
     if not both:
         raise DataError(f"'{source}': no row has an image and a text that can be used")

@@ -19,8 +19,9 @@ from lorakit.data.cells import text_in, text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part, at
+from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table, usable_rows
-from lorakit.errors import DataError, nearest
+from lorakit.errors import DataError
 
 PAIRS = (
     ("prompt", "completion"),
@@ -134,16 +135,15 @@ def _read(source: str, rows: Any, read: Callable[[Mapping[str, Any]], Turns], he
 
 
 def _reader(
-    source: str, columns: Sequence[str], prompt: str | None, answer: str | None, answers: bool
+    source: str, columns: list[str], prompt: str | None, answer: str | None, answers: bool
 ) -> Callable[[Mapping[str, Any]], Turns]:
     """How to read a row of a table with these columns."""
-    for wanted in (prompt, answer):
-        if wanted is not None and wanted not in columns:
-            raise DataError(f"'{source}' has no column '{wanted}'{nearest(wanted, columns)}")
-    if prompt is not None and prompt == answer:
-        raise DataError(f"'{source}': prompt and answer are both '{prompt}'; the answer needs a column of its own")
+    prompt, answer = (
+        column_of(source, columns, own, (), noun, needed=False)
+        for noun, own in (("prompt", prompt), ("answer", answer))
+    )
     lower = {column.lower(): column for column in columns}
-    if prompt is None and answer is None:
+    if not prompt and not answer:
         for name in MESSAGES:
             if name in lower:
                 return lambda row: read_messages(row, lower[name], answers)
@@ -159,9 +159,11 @@ def _reader(
             f"columns are {', '.join(columns) or 'none'}: name two with --prompt COLUMN and --answer COLUMN"
         )
     asked, answered = pairs[0]
-    alpaca = prompt is None and asked == lower.get("instruction") and answered != lower.get("input")
+    apart(source, ("prompt", asked), ("answer", answered if answers else None))
+    alpaca = not prompt and asked == lower.get("instruction") and answered != lower.get("input")
     more = lower.get("input") if alpaca else None
-    return lambda row: _pair(row, lower.get("system"), asked or "", more, answered if answers else None)
+    system = lower.get("system") if lower.get("system") not in (asked, answered) else None
+    return lambda row: _pair(row, system, asked or "", more, answered if answers else None)
 
 
 def _pair(row: Mapping[str, Any], system: str | None, asked: str, more: str | None, answered: str | None) -> Turns:

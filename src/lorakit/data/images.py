@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lorakit.data.cells import label_in
 from lorakit.data.faults import leave_out
 from lorakit.data.rows import Part, Rows, at
-from lorakit.data.sources import PARTS, column_of
+from lorakit.data.sources import PARTS, apart, column_of
 from lorakit.data.tables import DEMO, is_dataset, open_table
 from lorakit.errors import DataError, MissingExtraError, listed
 
@@ -94,6 +94,7 @@ def load_images(
     columns, table = open_table(source)
     of_image = column_of(name, columns, image, IMAGE_NAMES, "image")
     of_label = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
+    apart(name, ("image", of_image), ("label", of_label))
     images: list[Picture] = []
     names: list[str] = []
     found: list[str] = []

@@ -19,7 +19,7 @@ from typing import Any
 from lorakit.data.cells import label_in
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import column_of
+from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError
 
@@ -118,6 +118,7 @@ def load_interactions(
     user_column = column_of(name, columns, user, USER_NAMES, "user")
     item_column = column_of(name, columns, item, ITEM_NAMES, "item") if items else ""
     time_column = column_of(name, columns, time, TIME_NAMES, "time", needed=False) if items else ""
+    apart(name, ("user", user_column), ("item", item_column), ("time", time_column))
     rating_column, least = _threshold(name, columns, rating) if rating and items else ("", 0.0)
     found: dict[tuple[str, str], tuple[float, int]] = {}
     faults: list[tuple[int, str]] = []

@@ -17,7 +17,7 @@ from typing import Any
 from lorakit.data.cells import text_in, text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, column_of, load_rows
+from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, apart, column_of, load_rows
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError
 
@@ -160,11 +160,12 @@ def load_matches(
         rows = load_rows(source, text=text, label=label)
         return Matches(rows.texts, None, None, rows.labels, name, rows.lines)
     first = column_of(name, columns, query, (*QUERIES, *TEXT_NAMES), "query", needed=False)
-    if not first or first == found["positive"]:
+    if not first:
         raise DataError(
             f"'{name}' has positives ('{found['positive']}') and no other column with a usual name for the queries ("
             f"{', '.join(QUERIES[:3])} ...); its columns are {', '.join(columns)}: name one with --query COLUMN"
         )
+    apart(name, ("query", first), *found.items())
     names = [column for column in (first, found["positive"], found["negative"]) if column]
     texts, lines = usable_rows(name, table, lambda row: _row(row, names), bool(columns))
     queries, positives, *more = zip(*texts)

@@ -20,8 +20,9 @@ from typing import Any
 from lorakit.data.cells import text_in
 from lorakit.data.dialogues import MESSAGES, Dialogues, Turn, Turns, load_dialogues, read_messages
 from lorakit.data.rows import Part, at
+from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table, usable_rows
-from lorakit.errors import DataError, nearest
+from lorakit.errors import DataError
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 _TALK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -93,24 +94,24 @@ def load_preferences(
     name = str(source)
     columns, table = open_table(source)
     lower = {column.lower(): column for column in columns}
-    for wanted in (prompt, chosen, rejected):
-        if wanted is not None and wanted not in columns:
-            raise DataError(f"'{name}' has no column '{wanted}'{nearest(wanted, columns)}")
-    asked = prompt or next((lower[usual] for usual in PROMPTS if usual in lower), None)
-    good, bad = chosen or lower.get("chosen"), rejected or lower.get("rejected")
-    if not answers and (good is None or any(usual in lower for usual in MESSAGES)):
+    asked = column_of(name, columns, prompt, PROMPTS, "prompt", needed=False)
+    good = column_of(name, columns, chosen, ("chosen",), "chosen", needed=False)
+    bad = column_of(name, columns, rejected, ("rejected",), "rejected", needed=False)
+    if not answers and (not good or any(usual in lower for usual in MESSAGES)):
         found = load_dialogues(source, prompt=prompt, answers=False)
         return Preferences(found.turns, None, None, name, found.lines)
-    if answers and (good is None or bad is None or good == bad):
+    if answers and not (good and bad):
         raise DataError(
             f"'{name}' needs a column with chosen and another with rejected answers; its columns are "
             f"{', '.join(columns) or 'none'}: name them with --chosen COLUMN and --rejected COLUMN"
         )
+    if answers:
+        apart(name, ("prompt", asked), ("chosen", good), ("rejected", bad))
     read = _reader(asked, lower.get("system"))
 
     def both(row: Mapping[str, Any]) -> tuple[Turns, str, str]:
-        before, answer = read(row, good or "")
-        return before, answer, _other(read(row, bad or ""), before, answer) if answers else ""
+        before, answer = read(row, good)
+        return before, answer, _other(read(row, bad), before, answer) if answers else ""
 
     triples, lines = usable_rows(name, table, both, bool(columns))
     turns, firsts, seconds = zip(*triples)
@@ -128,17 +129,17 @@ def _other(found: tuple[Turns, str], before: Turns, answer: str) -> str:
     return found[1]
 
 
-def _reader(prompt: str | None, system: str | None) -> Callable[[Mapping[str, Any], str], tuple[Turns, str]]:
+def _reader(prompt: str, system: str | None) -> Callable[[Mapping[str, Any], str], tuple[Turns, str]]:
     """How to read from a row what was asked, and the answer in one of its columns."""
 
     def read(row: Mapping[str, Any], column: str) -> tuple[Turns, str]:
         said = _unpacked(row.get(column))
-        if isinstance(said, str) and prompt is not None:
+        if isinstance(said, str) and prompt:
             return _asked(row, prompt, system), text_in(row, column)
         if isinstance(said, str):
             return _parted(_talk(text_in(row, column), column))
         alone = isinstance(said, Sequence) and len(said) == 1 and isinstance(said[0], Mapping)
-        if alone and prompt is not None:
+        if alone and prompt:
             asked = _asked(row, prompt, system)
             whole = [*(turn._asdict() for turn in asked), said[0]]
             return _parted(read_messages({column: whole}, column, True))

@@ -21,7 +21,7 @@ from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import column_of
+from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table, read_text
 from lorakit.errors import DataError
 
@@ -180,6 +180,7 @@ def _of_table(source: str | Path | Memory, answers: bool, faults: Faults, **colu
     asked, context, answer, start = (
         column_of(str(source), names, columns.get(noun), usual, noun, needed[noun]) for noun, usual in NAMES.items()
     )
+    apart(str(source), *zip(NAMES, (asked, context, answer if answers else None, start)))
     for line, row in table:
         said = None
         if answers:

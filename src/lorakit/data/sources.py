@@ -92,8 +92,8 @@ def load_rows(
     """
     name = str(source)
     columns, table = open_table(source)
-    places = text_columns(name, columns, text, text2)
     column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
+    places = text_columns(name, columns, text, text2, ("label", column))
 
     learned = partial(label_in, column=column) if column else None
     texts, others, found, lines = read_texts(name, columns, table, places, learned)
@@ -123,10 +123,13 @@ def read_texts(
     return texts, others if second else None, tuple(goal for (goal,) in goals) if learned else None, tuple(lines)
 
 
-def text_columns(source: str, columns: list[str], text: str | None, text2: str | None) -> tuple[str, str]:
+def text_columns(
+    source: str, columns: list[str], text: str | None, text2: str | None, *learned: tuple[str, str]
+) -> tuple[str, str]:
     """The column of the texts, and that of the second texts: "" where the rows are single texts.
 
     Pairs are found by the names in `PAIRS`, if there is no other text beside them; or `text2` names the second column.
+    `learned` are what is learned of a text, and the columns with it, which must be others (`apart`).
     """
     if text is None and text2 is None:
         lower = {column.lower(): column for column in columns}
@@ -140,12 +143,13 @@ def text_columns(source: str, columns: list[str], text: str | None, text2: str |
                     f"'{source}' has the pair of columns '{pairs[0][0]}' and '{pairs[0][1]}', and '{more[0]}' too; "
                     "name one with --text COLUMN, or two with --text COLUMN and --text2 COLUMN"
                 )
+            apart(source, *zip(("text", "text2"), pairs[0]), *learned)
             return pairs[0]
     second = column_of(source, columns, text2, (), "text2", needed=False)
-    if text is not None and text == second:
-        raise DataError(f"'{source}': text and text2 are both '{text}'; the second text needs a column of its own")
     rest = columns if text is not None else [column for column in columns if column != second]
-    return column_of(source, rest, text, TEXT_NAMES, "text"), second
+    first = column_of(source, rest, text, TEXT_NAMES, "text")
+    apart(source, ("text", first), ("text2", second), *learned)
+    return first, second
 
 
 def column_of(
@@ -166,6 +170,20 @@ def column_of(
         f"'{source}' has no column with a usual name for the {noun} ({', '.join(usual[:3])} ...); "
         f"its columns are {', '.join(columns) or 'none'}: name one with --{noun} COLUMN"
     )
+
+
+def apart(source: str, *named: tuple[str, str | None]) -> None:
+    """DataError if two of these, each a noun and its column (none, if it has none), are one column.
+
+    Whoever is shown what is to be learned learns nothing, and reports that all of it is right.
+    """
+    nouns: dict[str, str] = {}
+    for noun, column in named:
+        if column and (other := nouns.setdefault(column, noun)) != noun:
+            raise DataError(
+                f"'{source}': {other} and {noun} are both '{column}'; give each a column of its own, with "
+                f"--{other} COLUMN and --{noun} COLUMN"
+            )
 
 
 def _parts(data: str | Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import column_of
+from lorakit.data.sources import apart, column_of
 from lorakit.data.spans import completed, plain_and_prefixed
 from lorakit.data.tables import SUFFIXES, open_table, read_text
 from lorakit.errors import DataError
@@ -212,6 +212,7 @@ def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faul
         raise DataError(f"'{place}' row {real[0][0] if real else 1}: a word and no tag; a line is a word and its tag")
     word = _number(place, words, n_fields, 0)
     tag = _number(place, tags, n_fields, n_fields - 1) if answers else None
+    apart(str(place), ("words", str(word + 1)), ("tags", None if tag is None else str(tag + 1)))
     sentence: list[tuple[int, list[str]]] = []
     broken = False
     for k, fields in [*rows, (len(rows) + 1, [""])]:
@@ -250,6 +251,7 @@ def _table(
     columns, table = open_table(source)
     asked = column_of(str(source), columns, words, WORDS, "words")
     said = column_of(str(source), columns, tags, TAGS, "tags") if answers else None
+    apart(str(source), ("words", asked), ("tags", said))
     for line, row in table:
         found = _cut(row.get(asked), line, f"column '{asked}'", faults)
         yield line, found, _cut(row.get(said), line, f"column '{said}'", faults) if said else None

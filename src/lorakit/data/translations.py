@@ -16,6 +16,7 @@ from typing import Any
 
 from lorakit.data.cells import text_in, text_of
 from lorakit.data.rows import Part, at
+from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError, nearest
 
@@ -101,10 +102,8 @@ def _read(source: str, rows: Any, read: Reader, header: bool = True) -> Translat
     return Translations(tuple(text for text, _ in found), targets or None, source, tuple(lines))
 
 
-def _reader(name: str, columns: Sequence[str], source: str | None, target: str | None, targets: bool) -> Reader:
+def _reader(name: str, columns: list[str], source: str | None, target: str | None, targets: bool) -> Reader:
     """How to read a row of a table with these columns."""
-    if source is not None and source == target:
-        raise DataError(f"'{name}': source and target are both '{source}'; the target needs a column of its own")
     lower = {column.lower(): column for column in columns}
     named = [one for one in (source, target if targets else None) if one is not None]
     if LANGUAGES in lower and not (named and set(named) <= set(columns)):
@@ -113,14 +112,14 @@ def _reader(name: str, columns: Sequence[str], source: str | None, target: str |
                 f"'{name}' has a column '{lower[LANGUAGES]}' with several languages; say which is which: "
                 "--source en --target de"
             )
+        apart(name, ("source", source), ("target", target if targets else None))
         return lambda row: _languages(row, lower[LANGUAGES], source, target if targets else None)
-    for one in named:
-        if one not in columns:
-            raise DataError(f"'{name}' has no column '{one}'{nearest(one, columns)}")
+    first = column_of(name, columns, source, (), "source", needed=False)
+    second = column_of(name, columns, target if targets else None, (), "target", needed=False)
     pairs = [
-        (source or lower.get(first), target or lower.get(second))
-        for first, second in PAIRS
-        if (source or first in lower) and (target or second in lower or not targets)
+        (first or lower.get(one), second or lower.get(other))
+        for one, other in PAIRS
+        if (first or one in lower) and (second or other in lower or not targets)
     ]
     if not pairs:
         usual = ", ".join(" and ".join(pair) for pair in PAIRS)
@@ -128,8 +127,9 @@ def _reader(name: str, columns: Sequence[str], source: str | None, target: str |
             f"'{name}' has no two columns with usual names ({usual}) and no '{LANGUAGES}'; its columns are "
             f"{', '.join(columns) or 'none'}: name two with --source COLUMN and --target COLUMN"
         )
-    first, second = pairs[0]
-    return lambda row: (text_in(row, first or ""), text_in(row, second or "") if targets else None)
+    text, goal = pairs[0]
+    apart(name, ("source", text), ("target", goal if targets else None))
+    return lambda row: (text_in(row, text or ""), text_in(row, goal or "") if targets else None)
 
 
 def _languages(row: Mapping[str, Any], column: str, source: str, target: str | None) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from lorakit.data.batches import IGNORED, TextBatch, Tokens
 from lorakit.data.faults import BadRow, refuse
 from lorakit.data.rows import Part, Rows, Splits
 from lorakit.data.sources import load_rows
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
 from lorakit.tasks.pooled import GIVEN, Pooled, given_texts, noted, second_texts, table_of, used, whole
@@ -75,11 +75,6 @@ class Classify(Pooled):
     @classmethod
     def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Rows:
         """Texts, or pairs of them, and labels of one table."""
-        for name in ("text", "text2"):
-            if columns.get(name) and columns[name] == columns.get("label"):
-                raise UsageError(
-                    f"--{name} and --label are both '{columns[name]}'; the label needs a column of its own"
-                )
         return load_rows(source, labels=answers, **columns)
 
     @classmethod

@@ -18,7 +18,7 @@ from lorakit.data.images import Images, load_images, make_images, opened
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.rows import Splits
 from lorakit.describe import describe
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError
 from lorakit.plan import Plan
 from lorakit.rules import Rules
 from lorakit.rules import plan as make_plan
@@ -68,10 +68,7 @@ class Image(Task):
     @classmethod
     def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Images:
         """Images and labels of a folder, a table, an archive or the demo."""
-        image, label = columns.get("image"), columns.get("label")
-        if image and image == label:
-            raise UsageError(f"--image and --label are both '{image}'; the label needs a column of its own")
-        return load_images(source, image=image, label=label, labels=answers)
+        return load_images(source, labels=answers, **columns)
 
     @classmethod
     def asked(cls, given: Sequence[Any]) -> Images:

@@ -101,9 +101,6 @@ class ImageText(Task):
     @classmethod
     def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Captioned:
         """Images, texts and labels of one table."""
-        named = [column for column in columns.values() if column]
-        if len(set(named)) < len(named):
-            raise UsageError("--image, --text and --label name the same column twice; each needs one of its own")
         return load_captioned(source, labels=answers, **columns)
 
     @classmethod

@@ -19,7 +19,7 @@ from lorakit.data.faults import BadRow, refuse
 from lorakit.data.rows import Splits
 from lorakit.data.spans import completed, places, scheme_of
 from lorakit.data.tagged import Tagged, load_tagged, make_tagged
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError
 from lorakit.tasks.base import Base
 from lorakit.tasks.heads import give_head
 from lorakit.tasks.intervals import bootstrap
@@ -108,10 +108,7 @@ class Tag(Task):
     @classmethod
     def read(cls, source: Any, /, *, answers: bool = True, **columns: str | None) -> Tagged:
         """Words and tags of one file, table or directory of slots."""
-        words, tags = columns.get("words"), columns.get("tags")
-        if words and words == tags:
-            raise UsageError(f"--words and --tags are both '{words}'; the tags need a column of their own")
-        return load_tagged(source, words=words, tags=tags, answers=answers)
+        return load_tagged(source, answers=answers, **columns)
 
     @classmethod
     def asked(cls, given: Sequence[Any]) -> Tagged:
