@@ -120,6 +120,33 @@ def test_what_is_learned_is_never_what_it_is_learned_from(tmp_path, task, header
         TASKS[task].read(path, **named)
 
 
+UNREAD = [  # task, a row without what is to be predicted
+    ("classify", {"text": "a", "label": None}),
+    ("labels", {"text": "a", "labels": None}),
+    ("regress", {"text": "a", "score": None}),
+    ("tag", {"words": "a", "tags": None}),
+    ("embed", {"text": "a", "label": ""}),
+    ("embed", {"query": "a", "positive": None}),
+    ("answer", {"question": "a?", "context": "a", "answers": 5}),
+    ("recommend", {"user": "a", "item": None}),
+    ("generate", {"prompt": "a", "completion": None}),
+    ("prefer", {"prompt": "a", "chosen": "", "rejected": ""}),
+    ("prefer", {"prompt": "a", "chosen": [{"role": "assistant", "content": ""}], "rejected": None}),
+    ("translate", {"source": "a", "target": None}),
+    ("image", {"image": "a.png", "label": None}),
+    ("image_text", {"image": "a.png", "text": "a", "label": None}),
+]
+
+
+@pytest.mark.parametrize(("task", "row"), UNREAD)
+def test_what_is_to_be_predicted_is_not_read(tmp_path, task, row):
+    put(tmp_path / "a.png", "not decoded here")
+    path = put(tmp_path / "a.jsonl", json.dumps(row))
+    assert len(TASKS[task].read(path, answers=False)) == 1
+    with pytest.raises(DataError, match="row 1"):
+        TASKS[task].read(path)
+
+
 def test_binary_junk_is_not_taken_for_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(bytes(range(128, 256)) * 10)

@@ -100,22 +100,31 @@ def load_preferences(
     if not answers and (not good or any(usual in lower for usual in MESSAGES)):
         found = load_dialogues(source, prompt=prompt, answers=False)
         return Preferences(found.turns, None, None, name, found.lines)
-    if answers and not (good and bad):
+    system = lower.get("system")
+    read = _reader(asked, system)
+
+    def before(row: Mapping[str, Any]) -> Turns:
+        said = _unpacked(row.get(good))
+        whole = not asked or (isinstance(said, Sequence) and not isinstance(said, str) and len(said) > 1)
+        return read(row, good)[0] if whole else _asked(row, asked, system)
+
+    if not answers:
+        alone, lines = usable_rows(name, table, before, bool(columns))
+        return Preferences(tuple(alone), None, None, name, tuple(lines))
+    if not (good and bad):
         raise DataError(
             f"'{name}' needs a column with chosen and another with rejected answers; its columns are "
             f"{', '.join(columns) or 'none'}: name them with --chosen COLUMN and --rejected COLUMN"
         )
-    if answers:
-        apart(name, ("prompt", asked), ("chosen", good), ("rejected", bad))
-    read = _reader(asked, lower.get("system"))
+    apart(name, ("prompt", asked), ("chosen", good), ("rejected", bad))
 
     def both(row: Mapping[str, Any]) -> tuple[Turns, str, str]:
-        before, answer = read(row, good)
-        return before, answer, _other(read(row, bad), before, answer) if answers else ""
+        turns, answer = read(row, good)
+        return turns, answer, _other(read(row, bad), turns, answer)
 
     triples, lines = usable_rows(name, table, both, bool(columns))
     turns, firsts, seconds = zip(*triples)
-    return Preferences(turns, firsts if answers else None, seconds if answers else None, name, tuple(lines))
+    return Preferences(turns, firsts, seconds, name, tuple(lines))
 
 
 def _other(found: tuple[Turns, str], before: Turns, answer: str) -> str:

@@ -86,15 +86,11 @@ def load_rows(
     label: str | None = None,
     labels: bool = True,
 ) -> Rows:
-    """The rows of one file or table, single texts or pairs of them (see `text_columns`).
-
-    `labels=False` accepts a table without a label column.
-    """
+    """The rows of one file or table, single texts or pairs of them (`text_columns`); `labels=False` reads no labels."""
     name = str(source)
     columns, table = open_table(source)
-    column = column_of(name, columns, label, LABEL_NAMES, "label", needed=labels)
+    column = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
     places = text_columns(name, columns, text, text2, ("label", column))
-
     learned = partial(label_in, column=column) if column else None
     texts, others, found, lines = read_texts(name, columns, table, places, learned)
     return Rows(texts, found, name, lines, others)
