@@ -250,6 +250,14 @@ def test_forms_of_tables_and_what_is_wrong_with_them(tmp_path, place):
     assert load_matches(other, answers=False).queries == ("a", "c")
     named = written(tmp_path / "named.jsonl", [{"x": "a", "y": "b", "z": "c"}])
     assert load_matches(named, query="x", positive="y", negative="z").negatives == ("c",)
+    two = [{"sentence1": f"a {k}", "sentence2": f"b {k}", "label": k % 2} for k in range(4)]
+    mrpc = written(tmp_path / "mrpc.jsonl", two)
+    told = "'sentence1' and 'sentence2', and here each row is one text; name its column with --text COLUMN, or, where"
+    for answers in (True, False):
+        with pytest.raises(DataError, match=told):
+            load_matches(mrpc, answers=answers)
+        assert load_matches(mrpc, text="sentence2", answers=answers).queries[0] == "b 0"
+    assert load_matches(mrpc, query="sentence1", positive="sentence2").positives[0] == "b 0"
     with pytest.raises(DataError, match=r"neither a column with positives .* nor one with labels .* x, y, z: name one"):
         load_matches(named)
     with pytest.raises(DataError, match="no other column with a usual name for the queries"):

@@ -151,6 +151,12 @@ def test_what_cannot_work_is_said(place, data, tmp_path):
     table.write_text("image,text,label\nnowhere.png,,yes\n")
     with pytest.raises(DataError, match=r"row 2: column 'text' is empty"):
         ImageText.read(table)
+    table.write_text(f"image,text,text2,label\n{place / '0.png'},hello,bye,yes\n")
+    with pytest.raises(
+        DataError, match="'text' and 'text2', and here each row is one text; name its column with --text"
+    ):
+        ImageText.read(table)
+    assert ImageText.read(table, text="text2").texts.texts == ("bye",)
     with pytest.raises(DataError, match="'demo:support_train' is no table"):
         ImageText.read("demo:support_train")
     long = replace(data.train, texts=replace(data.train.texts, texts=("rain " * 40,) * len(data.train)))

@@ -17,13 +17,14 @@ from typing import Any
 from lorakit.data.cells import text_in, text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, apart, column_of, load_rows
+from lorakit.data.sources import LABEL_NAMES, TEXT_NAMES, apart, column_of, load_rows, text_column
 from lorakit.data.tables import open_table, usable_rows
 from lorakit.errors import DataError
 
 QUERIES = ("query", "anchor", "question")
 POSITIVES = ("positive", "answer", "document", "passage")
 NEGATIVES = ("negative", "hard_negative")
+_PAIRS = ", or, where they belong together, both with --query COLUMN and --positive COLUMN"
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ def load_matches(
     others = {} if text or label else {"positive": (positive, POSITIVES), "negative": (negative, NEGATIVES)}
     found = {part: column_of(name, columns, own, usual, part, needed=False) for part, (own, usual) in others.items()}
     if not answers:
-        usual = (*QUERIES, *TEXT_NAMES)
-        own = text or query or column_of(name, columns, None, usual, "query", needed=False)
-        alone = load_rows(source, text=own or None, labels=False)
+        own = text or query or column_of(name, columns, None, QUERIES, "query", needed=False)
+        alone = load_rows(source, text=text_column(name, columns, own or None, way=_PAIRS), labels=False)
         return make_texts(alone.texts, name, alone.lines)
     if not found.get("positive"):
         if query or negative or not column_of(name, columns, label, LABEL_NAMES, "label", needed=False):
@@ -157,7 +157,7 @@ def load_matches(
                 f"({', '.join(LABEL_NAMES[:3])} ...); its columns are {', '.join(columns) or 'none'}: name one with "
                 "--positive COLUMN or --label COLUMN"
             )
-        rows = load_rows(source, text=text, label=label)
+        rows = load_rows(source, text=text_column(name, columns, text, way=_PAIRS), label=label)
         return Matches(rows.texts, None, None, rows.labels, name, rows.lines)
     first = column_of(name, columns, query, (*QUERIES, *TEXT_NAMES), "query", needed=False)
     if not first:

@@ -148,6 +148,17 @@ def text_columns(
     return first, second
 
 
+def text_column(source: str, columns: list[str], text: str | None, *learned: tuple[str, str], way: str = "") -> str:
+    """The column of the texts, for who takes single ones. DataError where rows are pairs; `way` is one more way out."""
+    first, second = text_columns(source, columns, text, None, *learned)
+    if second:
+        raise DataError(
+            f"'{source}' has pairs of texts, in '{first}' and '{second}', and here each row is one text; name its "
+            f"column with --text COLUMN{way}"
+        )
+    return first
+
+
 def column_of(
     source: str, columns: list[str], wanted: str | None, usual: tuple[str, ...], noun: str, needed: bool = True
 ) -> str:
