@@ -1,9 +1,13 @@
 """Rows in memory are read as those of a file are."""
 
+import math
+
+import numpy as np
 import pytest
 
 import lorakit as lk
-from lorakit.data import load_rows, load_splits
+from lorakit.data import load_dialogues, load_label_sets, load_questions, load_rows, load_splits, load_tagged
+from lorakit.data.interactions import load_interactions
 from lorakit.data.memory import in_memory
 from lorakit.errors import DataError, UsageError
 from tiny_text import small_task, table
@@ -69,3 +73,53 @@ def test_faults_name_the_row_or_the_column():
     ):
         with pytest.raises(error, match=words):
             load_splits(wrong)
+
+
+ALPACA = {"instruction": ["Add.", "Sing."], "input": ["2 2", math.nan], "output": ["4", "la"]}
+
+
+@pytest.mark.parametrize("frame", [False, True], ids=["dict", "DataFrame"])
+def test_a_cell_that_is_not_a_number_is_an_empty_one(frame):
+    def made(columns):
+        if not frame:
+            return in_memory(columns)
+        pandas = pytest.importorskip("pandas", reason="runs where pandas is installed")
+        return in_memory(pandas.DataFrame(columns))
+
+    assert load_dialogues(made(ALPACA)).inputs == ("Add.\n\n2 2", "Sing.")
+    for read, columns, told in (
+        (load_rows, {"text": ["a", "b"], "label": ["x", math.nan]}, "row 2: column 'label' is empty"),
+        (load_rows, {"text": ["a", np.float32("nan")], "label": ["x", "y"]}, "row 2: column 'text' is empty"),
+        (load_interactions, {"user": [7, math.nan], "item": ["a", "b"]}, "row 2: column 'user' is empty"),
+    ):
+        with pytest.raises(DataError, match=told):
+            read(made(columns))
+
+
+def test_what_pandas_says_is_absent_is_so():
+    pandas = pytest.importorskip("pandas", reason="runs where pandas is installed")
+    rows = {"user": ["a", pandas.NA], "item": ["x", "y"], "time": [pandas.Timestamp("2026-01-31"), pandas.NaT]}
+    with pytest.raises(DataError, match="row 2: column 'user' is empty"):
+        load_interactions(in_memory(pandas.DataFrame(rows)))
+    with pytest.raises(DataError, match="row 2: column 'time' is None, neither a number nor a date"):
+        load_interactions(in_memory(pandas.DataFrame({**rows, "user": ["a", "b"]})))
+
+
+def test_a_label_that_is_not_a_number_is_empty_in_a_file_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
+    with pytest.raises(DataError, match="row 2: column 'label' is empty"):
+        load_rows(tmp_path / "a.jsonl")
+
+
+def test_arrays_in_cells_are_lists_as_those_of_a_parquet_file_are():
+    talk = np.array([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], dtype=object)
+    assert load_dialogues(in_memory([{"messages": talk}])).answers == ("b",)
+    said = {"text": np.array(["b", "b"], dtype=object), "answer_start": np.array([2, 2])}
+    row = {"question": "a?", "context": "a b", "answers": said}
+    assert load_questions(in_memory([row])).answers == ((("b", 2), ("b", 2)),)
+    assert load_label_sets(in_memory([{"text": "a", "labels": np.array([3, 1])}])).labels == (("3", "1"),)
+    words = {"words": np.array(["a", "b"]), "tags": np.array(["O", "B-x"], dtype=object)}
+    assert load_tagged(in_memory([words])).tags == (("O", "B-x"),)
+    pixels = np.zeros((2, 2), np.uint8)
+    ((_, kept),) = in_memory([{"image": pixels}]).table()[1]
+    assert kept["image"] is pixels  # an image stays one

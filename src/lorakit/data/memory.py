@@ -4,6 +4,7 @@ part (train, valid, test).
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from lorakit.data.faults import leave_out
@@ -38,7 +39,25 @@ class Memory:
 
     def table(self) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
         """Column names, and rows by number."""
-        return self.columns, ((n, dict(row)) for n, row in self.rows)
+        return self.columns, ((n, {key: plain(value) for key, value in row.items()}) for n, row in self.rows)
+
+
+def plain(value: Any) -> Any:
+    """A cell as a file has it: None for NaN, NaT and pandas' NA, a list for an array of one dimension.
+
+    >>> plain({"text": ("a", "b"), "start": float("nan")})
+    {'text': ['a', 'b'], 'start': None}
+    """
+    if isinstance(value, str):
+        return value
+    if getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    absent = type(value).__name__ in ("NaTType", "NAType") or (isinstance(value, Real) and value != value)
+    return None if absent else value
 
 
 def in_memory(data: object, name: str = NAME) -> Memory:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
-from lorakit.data.memory import Memory
+from lorakit.data.memory import Memory, plain
 from lorakit.data.rows import Part, at
 from lorakit.data.sources import apart, column_of
 from lorakit.data.spans import completed, plain_and_prefixed
@@ -132,7 +132,7 @@ def make_tagged(given: Sequence[str | Sequence[str]], source: str = "texts") -> 
     (('play', 'some', 'jazz'), ('New York', 'rocks'))
     """
     faults: Faults = []
-    cut = [(k, _cut(one, k, "it", faults), None) for k, one in enumerate(given, 1)]
+    cut = [(k, _cut(plain(one), k, "it", faults), None) for k, one in enumerate(given, 1)]
     return _checked(source, cut, faults)
 
 
@@ -265,8 +265,6 @@ def _cut(value: Any, line: int, place: str, faults: Faults) -> list[str]:
         except json.JSONDecodeError as error:
             faults.append((line, f"{place} is no list in JSON ({error.msg})"))
             return []
-    if hasattr(value, "tolist"):  # an array
-        value = value.tolist()
     found = value.split() if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(one, str | int) for one in found):
         faults.append((line, f"{place} is {repr(value)[:40]}; it must be a list of words, or a text"))
