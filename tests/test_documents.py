@@ -62,6 +62,16 @@ def test_folders_with_parts_keep_them(tmp_path):
     assert not splits.train.unended
 
 
+@pytest.mark.parametrize("names", [("train.ipynb", "train.log", "test.md"), ("test.json", "dev.ini")])
+def test_files_of_a_repository_are_no_parts_whatever_they_are_called(tmp_path, names):
+    for name in ("a.py", "src/b.py", *names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n" * 200)
+    splits = load_splits(tmp_path, read=load_documents)
+    assert splits.train.source == splits.test.source == str(tmp_path)
+    assert "# a.py" in splits.train.texts[0]
+
+
 @pytest.mark.parametrize("column", ["text", "content", "code", "body"])
 def test_a_table_has_its_documents_in_a_column_as_they_are(tmp_path, column):
     path = tmp_path / "data.jsonl"

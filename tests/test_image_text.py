@@ -157,11 +157,27 @@ def test_what_cannot_work_is_said(place, data, tmp_path):
     ):
         ImageText.read(table)
     assert ImageText.read(table, text="text2").texts.texts == ("bye",)
-    with pytest.raises(DataError, match="'demo:support_train' is no table"):
+    with pytest.raises(DataError, match="'demo:support_train' has no column with a usual name for the image"):
         ImageText.read("demo:support_train")
     long = replace(data.train, texts=replace(data.train.texts, texts=("rain " * 40,) * len(data.train)))
     with pytest.raises(DataError, match="144 of 144 texts are longer than 24 tokens"):
         lk.fit(bases(place), replace(data, train=long), "image_text", **QUICK)
+
+
+def test_rows_in_memory_and_a_dataset_directory_are_what_the_table_is(place, data, tmp_path, monkeypatch):
+    import csv
+
+    import pyarrow
+
+    monkeypatch.chdir(place)
+    with open("data.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert load_splits(rows, read=ImageText.read).train.digest() == data.train.digest()
+    table = pyarrow.Table.from_pylist([{**row, "image": (place / row["image"]).read_bytes()} for row in rows])
+    (tmp_path / "set").mkdir()
+    with pyarrow.ipc.new_stream(str(tmp_path / "set" / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    assert load_splits(tmp_path / "set", read=ImageText.read).train.digest() == data.train.digest()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lorakit.data import load_splits
 from lorakit.data.images import load_images, make_images
+from lorakit.data.memory import in_memory
 from lorakit.data.pixels import Lens, Pixels
 from lorakit.errors import DataError, LorakitError
 from tiny_image import KINDS, arrays, folder, tiny_vit
@@ -58,6 +59,20 @@ def test_every_form_gives_the_same_images(tmp_path):
     assert torch.equal(read(make_images([*pixels[:2], blobs[2], Image.fromarray(pixels[3])])), wanted[:4])
 
 
+def test_rows_in_memory_have_paths_bytes_and_pictures(tmp_path, monkeypatch):
+    pixels, labels = arrays(6)
+    place = folder(tmp_path / "folders", 6)
+    files = [place / label / f"{k:03}.png" for k, label in enumerate(labels)]
+    monkeypatch.chdir(place)
+    forms = [str(files[0]), str(files[1].relative_to(place)), files[2], png(pixels[3]), Image.open(files[4]), pixels[5]]
+    rows = [{"image": form, "label": label} for form, label in zip(forms, labels)]
+    found = load_images(in_memory(rows))
+    assert list(found.labels) == labels
+    assert torch.equal(read(found), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    with pytest.raises(DataError, match=r"row 1: column 'image' is float64 4 x 4; give a path.*\n.*row 2: .*is empty"):
+        load_images(in_memory([{"image": np.zeros((4, 4)), "label": "a"}, {"image": None, "label": "a"}]))
+
+
 def test_parts_that_are_there_are_used(tmp_path):
     for part, n in (("train", 12), ("val", 6), ("test", 9)):
         folder(tmp_path / "data" / part, n)
@@ -76,6 +91,19 @@ def test_parts_that_are_there_are_used(tmp_path):
     np.savez(tmp_path / "keras.npz", x_train=pixels[:20], y_train=labels[:20], x_test=pixels[20:], y_test=labels[20:])
     assert len(load_splits(tmp_path / "keras.npz", read=load_images).test) == 10
     assert load_images(f"{tmp_path / 'keras.npz'}:test").labels == tuple(labels[20:])
+
+
+def test_a_class_may_be_called_like_a_part(tmp_path):
+    pixels, _ = arrays(24)
+    for k, one in enumerate(pixels):
+        place = tmp_path / ("train", "plane", "car")[k % 3]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(one).save(place / f"{k}.png")
+    assert load_splits(tmp_path, read=load_images).labels == ("car", "plane", "train")
+    (tmp_path / "plane").rename(tmp_path / "test")
+    (tmp_path / "car").rename(tmp_path / "valid")
+    with pytest.raises(DataError, match="train' holds no folders of classes"):
+        load_splits(tmp_path, read=load_images)
 
 
 def test_the_same_image_never_stands_in_two_parts(tmp_path):
@@ -138,6 +166,42 @@ def test_images_of_other_modes_come_in_the_channels_of_the_base(tmp_path, mode):
         assert torch.equal(seen[0, 0], torch.from_numpy(gray))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "P clear", "CMYK", "YCbCr", "I;16", "I"])
+def test_a_picture_of_pillow_is_seen_as_its_file_is(tmp_path, mode, channels):
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    kind = mode.split()[0]
+    if kind.startswith("I"):
+        deep = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16 if kind == "I;16" else np.int32)
+        image = Image.fromarray(deep)
+    else:
+        image = colours.convert("LA").convert("PA") if kind == "PA" else colours.convert(kind)
+    file = tmp_path / ("one.tif" if kind in ("CMYK", "YCbCr", "PA", "I") else "one.png")
+    image.save(file, **({"transparency": bytes(range(256))} if mode == "P clear" else {}))
+    opened = Image.open(file)
+    assert opened.mode == kind
+    seen = [Pixels.of(make_images([one]), [0], Lens((16, 16), channels), 1).kept for one in (file, opened)]
+    assert torch.equal(*seen)
+    if channels == 3:
+        with Image.open(file) as again:
+            plain = again if kind.startswith("I") else again.convert("RGBA" if mode == "P clear" else "RGB")
+        wanted = np.stack([deep >> 8] * 3, 2) if kind.startswith("I") else np.asarray(plain)[..., :3]
+        assert torch.equal(seen[0][0].permute(1, 2, 0), torch.from_numpy(wanted.astype(np.uint8)))
+
+
+def test_sixteen_bits_become_eight_alike_in_every_image(tmp_path):
+    for top in (255, 256, 65535):
+        values = np.full((8, 8), 1024, np.uint16) if top > 256 else np.zeros((8, 8), np.uint16)
+        values[0, 0], values[1, 1] = top, 200
+        Image.fromarray(values).save(tmp_path / f"{top}.png")
+        seen = Pixels.of(make_images([tmp_path / f"{top}.png"]), [0], Lens((8, 8)), 1).kept[0, 0]
+        assert (int(seen[0, 0]), int(seen[1, 1])) == (top >> 8, 0)
+    for values in (np.full((8, 8), 200, np.int32), np.full((8, 8), 65536, np.int32), np.full((8, 8), 0.5, np.float32)):
+        Image.fromarray(values).save(tmp_path / "odd.tif")
+        with pytest.raises(DataError, match=r"'odd.tif' is an image of (int|float)32 from .*save it with 8 or 16 bits"):
+            read(load_images(tmp_path, labels=False).take([3]))
+
+
 def test_what_does_not_fit_in_memory_is_decoded_by_the_batch(tmp_path, monkeypatch):
     rows = load_images(folder(tmp_path, 9))
     now = Pixels.of(rows, range(9), Lens((8, 8)), 3)
@@ -174,6 +238,11 @@ def spoiled(tmp_path, name):
         np.savez(place, pictures=np.zeros((3, 4, 4), np.uint8))
     elif name == "broken.npz":
         place.write_bytes(b"no archive")
+    elif name in ("cut.npz", "torn.npz"):
+        np.savez(place, images=arrays(3)[0], labels=[1, 2, 3])
+        content = bytearray(place.read_bytes())
+        content[500] ^= 1
+        place.write_bytes(content[: len(content) // 2] if name == "cut.npz" else content)
     return place
 
 
@@ -189,6 +258,8 @@ def spoiled(tmp_path, name):
         ("floats.npz", "uint8 from 0 to 255 or floats from 0 to 1"),
         ("other.npz", "no array images or image or x for its images; it has pictures"),
         ("broken.npz", "is not a readable NumPy archive"),
+        ("cut.npz", "is not a readable NumPy archive"),
+        ("torn.npz", "array 'images' cannot be read"),
         ("gone.npz", "does not exist"),
     ],
 )

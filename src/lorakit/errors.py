@@ -8,7 +8,8 @@ LorakitError
 ├── AttachError           the model is not in a state in which this can be done
 │   └── NoEffectError     an attached update never ran
 ├── DataError             training or prediction data that cannot be used
-│   └── BadRowsError      some rows of it, which can be left out
+│   ├── BadRowsError      some rows of it, which can be left out
+│   └── NoRowsError       a table of which no row can be used
 ├── FitError              training that cannot go on (diverged, nothing to train, not resumable)
 │   ├── NotFiniteError    the loss or its gradient is infinite or none at all
 │   └── StoppedError      stopped by the user (exit code 130)
@@ -60,6 +61,14 @@ class BadRowsError(DataError):
     def __init__(self, message: str, rows: Sequence[Any], way: str = "") -> None:
         super().__init__(message)
         self.rows, self.way = rows, way
+
+
+class NoRowsError(DataError):
+    """A table of which no row can be used; `rows` are those that are bad, where that is why."""
+
+    def __init__(self, message: str, rows: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class FitError(LorakitError, RuntimeError):

@@ -11,12 +11,13 @@ from torch import Tensor
 from lorakit.data.batches import Batch, Examples, TextBatch, Tokens
 from lorakit.data.cells import text_of
 from lorakit.data.images import IMAGE_NAMES, Images, load_images, make_images
+from lorakit.data.memory import Memory
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.ragged import Ragged
 from lorakit.data.rows import Part, Rows
 from lorakit.data.sources import LABEL_NAMES, column_of, load_rows, text_column
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError, NoRowsError, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +72,15 @@ class Captioned(Part):
 
 
 def load_captioned(
-    source: str | Path,
+    source: str | Path | Memory,
     *,
     image: str | None = None,
     text: str | None = None,
     label: str | None = None,
     labels: bool = True,
 ) -> Captioned:
-    """The rows of one table; `labels=False` reads no labels. DataError names every row that cannot be used, and why."""
-    if not Path(source).is_file():
-        raise DataError(f"'{source}' is no table; give one with the columns image, text and label")
+    """The rows of one table, also in memory; `labels=False` reads no labels. DataError names every row that cannot be
+    used, and why."""
     name, columns = str(source), open_table(source)[0]
     of_image = column_of(name, columns, image, IMAGE_NAMES, "image")
     of_label = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
@@ -89,7 +89,7 @@ def load_captioned(
     images = load_images(source, image=of_image, labels=False)
     both = {*images.lines} & {*texts.lines}  # of each half other rows may have been left out
     if not both:
-        raise DataError(f"'{source}': no row has an image and a text that can be used")
+        raise NoRowsError(f"'{source}': no row has an image and a text that can be used")
     of_images, of_texts = ([i for i, line in enumerate(part.lines) if line in both] for part in (images, texts))
     return Captioned(images.take(of_images), texts.take(of_texts))
 

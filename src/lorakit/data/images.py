@@ -5,8 +5,8 @@ a file, also as Hugging Face's {bytes, path}) and label; a NumPy archive (.npz) 
 such as train_images and train_labels (MedMNIST) or x_train and y_train (Keras); scikit-learn's digits (`demo:digits`).
 """
 
-import hashlib
-import io
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from lorakit.data.cells import label_in
 from lorakit.data.faults import leave_out
+from lorakit.data.memory import Memory
+from lorakit.data.pictures import Picture, digest, from_cell, from_python
 from lorakit.data.rows import Part, Rows, at
 from lorakit.data.sources import PARTS, apart, column_of
 from lorakit.data.tables import DEMO, is_dataset, open_table
 from lorakit.errors import DataError, MissingExtraError, listed
-
-Picture = Path | bytes | NDArray[np.uint8]  # a file, what is in one, or pixels (height, width) or (.., channels)
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "file_name", "filename", "path")
 LABEL_NAMES = ("label", "category", "class", "target")
@@ -50,7 +50,7 @@ class Images(Part):
     @cached_property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
         """A hash of the content of each image; every file is read for it once."""
-        return tuple(self.known.get(id(image)) or _digest(image, name) for image, name in zip(self.images, self.names))
+        return tuple(self.known.get(id(image)) or digest(image, name) for image, name in zip(self.images, self.names))
 
     def take(self, indices: Sequence[int]) -> "Images":
         """The rows at these positions."""
@@ -81,10 +81,15 @@ class Images(Part):
 
 
 def load_images(
-    source: str | Path, *, image: str | None = None, label: str | None = None, labels: bool = True
+    source: str | Path | Memory, *, image: str | None = None, label: str | None = None, labels: bool = True
 ) -> Images:
-    """The images of a folder, a table, an archive of arrays, or the demo. `labels=False` leaves labels unread."""
-    name, path = str(source), Path(source)
+    """The images of a folder, a table, rows in memory, an archive of arrays, or the demo. `labels=False` leaves labels
+    unread.
+
+    A path in a table's cell begins beside it, one in memory in the working directory; there a cell may also hold an
+    image of Pillow or uint8 pixels.
+    """
+    name, path = str(source), Path(str(source))
     if name == _DIGITS:
         return _digits(labels)
     if ".npz" in path.suffix or name.rpartition(":")[0].endswith(".npz"):
@@ -102,7 +107,7 @@ def load_images(
     faults: list[tuple[int, str]] = []
     for line, row in table:
         try:
-            picture = _cell(row.get(of_image), path.parent)
+            picture = from_cell(row.get(of_image), path.parent)
         except DataError as error:
             faults.append((line, f"column '{of_image}' {error}"))
             continue
@@ -113,7 +118,7 @@ def load_images(
             continue
         images.append(picture)
         lines.append(line)
-        names.append(str(row[of_image]) if isinstance(row[of_image], str) else f"row {line}")
+        names.append(str(row[of_image]) if isinstance(row[of_image], str | Path) else f"row {line}")
     leave_out(name, faults, left=len(images))
     if not images:
         raise DataError(f"'{name}' has no rows")
@@ -122,7 +127,7 @@ def load_images(
 
 def make_images(given: Sequence[Any]) -> Images:
     """Images from Python: paths, bytes of files, uint8 arrays or tensors, Pillow images; no labels."""
-    images = tuple(_picture(one, f"image {number}") for number, one in enumerate(given, 1))
+    images = tuple(from_python(one, f"image {number}") for number, one in enumerate(given, 1))
     names = tuple(str(one) if isinstance(one, str | Path) else f"image {n}" for n, one in enumerate(given, 1))
     return Images(images, names, None, "images", tuple(range(1, len(images) + 1)))
 
@@ -135,72 +140,30 @@ def parts_of_archive(source: str | Path) -> dict[str, str | Path]:
     return {part: f"{source}:{part}" for part, known in PARTS.items() if words & set(known)}
 
 
-def opened(image: Picture, name: str) -> Any:
-    """The image as Pillow's, or as the array that it is. DataError if it cannot be decoded."""
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("pillow", "image") from None
-    try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as file:
-            file.load()
-            return file.copy()
-    except Exception as error:  # damaged files raise what their decoders please
-        raise DataError(f"'{name}' is not a readable image ({str(error) or type(error).__name__})") from None
-
-
-def _digest(image: Picture, name: str) -> str:
-    try:
-        content = image.read_bytes() if isinstance(image, Path) else image
-    except OSError as error:
-        raise DataError(f"cannot read '{name}': {error.strerror or error}") from None
-    if isinstance(content, np.ndarray):
-        content = str(content.shape).encode() + content.tobytes()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _cell(value: Any, folder: Path) -> Picture:
-    """What a cell of a table holds. DataError continues "column 'x' ..."."""
-    if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
-        value = value.get("bytes") or value["path"]
-    if isinstance(value, bytes) and value:
-        return value
-    if isinstance(value, str) and value.strip():
-        file = folder / value.strip()
-        if not file.is_file():
-            raise DataError(f"names '{value}', which is not in '{folder}'")
-        return file
-    raise DataError(f"is {'empty' if not value else repr(value)[:40]}, neither a path nor the bytes of an image")
-
-
-def _picture(one: Any, name: str) -> Picture:
-    if isinstance(one, bytes):
-        return one
-    if isinstance(one, str | Path):
-        if not Path(one).is_file():
-            raise DataError(f"there is no image '{one}'")
-        return Path(one)
-    array = np.asarray(one)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise DataError(
-            f"{name} is {array.dtype} {' x '.join(map(str, array.shape))}; give a path, the bytes of a file, a Pillow "
-            "image, or uint8 pixels (height, width) or (height, width, channels)"
-        )
-    return array
-
-
 def _files(folder: Path) -> list[Path]:
     found = (file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
     return sorted(file for file in found if file.is_file())
 
 
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _called_part(entry: Path) -> bool:
+    return any(entry.name in names for names in PARTS.values())
+
+
+def is_class(place: Path) -> bool:
+    """Is it a folder of images beside others, and is only called like a part: `train` beside `plane` and `car`?"""
+    if not place.is_dir() or _folders(place) or all(map(_called_part, _folders(place.parent))):
+        return False
+    return any(file.suffix.lower() in ENDINGS for file in place.iterdir())
+
+
 def _of_folder(folder: Path) -> Images:
     """One class for each folder in it."""
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    parts = [entry.name for entry in classes if any(entry.name in names for names in PARTS.values())]
-    nested = [name for name in parts if any(child.is_dir() for child in (folder / name).iterdir())]
+    classes = _folders(folder)
+    nested = [entry.name for entry in classes if _called_part(entry) and _folders(entry)]
     if nested:
         raise DataError(f"'{folder}' holds the parts {', '.join(nested)}; name one of them, as '{folder / nested[0]}'")
     if not classes:
@@ -231,11 +194,13 @@ def _of_files(folder: Path, files: Sequence[Path], labels: tuple[str, ...] | Non
 
 
 def _opened_archive(path: Path) -> Any:
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist")
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is cut short, or no .npz")
         return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"'{path}' does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"'{path}' is not a readable NumPy archive ({error})") from None
 
 
@@ -253,7 +218,7 @@ def _of_archive(name: str, labels: bool) -> Images:
             raise DataError(f"'{name}' has no array {' or '.join(wanted[:3])} for its {noun}; it has {', '.join(keys)}")
         try:
             return archive[hit]
-        except ValueError as error:  # an array of Python objects
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # damaged, or of Python objects
             raise DataError(f"'{name}': array '{hit}' cannot be read ({error})") from None
 
     pixels = _as_bytes(array(_IMAGE_KEYS, "images"), name)

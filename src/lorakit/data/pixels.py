@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lorakit.data.batches import IGNORED, Batch, Examples
 from lorakit.data.faults import refuse_rows, tolerant
-from lorakit.data.images import Images, opened
+from lorakit.data.images import Images
+from lorakit.data.pictures import opened
 from lorakit.errors import DataError, LorakitError, MissingExtraError
 from lorakit.trunk.memory import available_memory
 
@@ -62,7 +63,7 @@ class Lens:
         if isinstance(picture, np.ndarray):
             planes = 1 if picture.ndim == 2 else picture.shape[2]
             if planes == self.channels and self.processor is None and self.size in (None, picture.shape[:2]):
-                return np.ascontiguousarray(picture.reshape(*picture.shape[:2], planes).transpose(2, 0, 1))
+                return np.array(picture.reshape(*picture.shape[:2], planes).transpose(2, 0, 1), order="C")
         image = _with_channels(picture, self.channels)
         if self.processor is not None:
             more = {} if self.exact else {"do_rescale": False, "do_normalize": False}
@@ -71,7 +72,7 @@ class Lens:
         if self.resizes and self.size is not None and image.size != self.size[::-1]:
             image = image.resize(self.size[::-1], resample=2)  # bilinear, over all pixels that become one
         array = np.asarray(image)
-        return np.ascontiguousarray(array.reshape(*array.shape[:2], self.channels).transpose(2, 0, 1))
+        return np.array(array.reshape(*array.shape[:2], self.channels).transpose(2, 0, 1), order="C")
 
     def floats(self, pixels: Tensor) -> Tensor:
         """What the base gets: `pixels (b, channels, height, width)` from `see` -> float32."""
@@ -125,15 +126,7 @@ def _with_channels(picture: Any, channels: int) -> Any:
         picture = Image.fromarray(picture)
     if channels not in _MODES:
         raise DataError(f"is an image of mode {picture.mode}, and the base takes {channels} channels")
-    if picture.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would cut what is above 255
-        picture = Image.fromarray(_as_8_bits(np.asarray(picture)))
     return picture if picture.mode == _MODES[channels] else picture.convert(_MODES[channels])
-
-
-def _as_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    if values.min() < 0 or values.max() > 65535 or values.dtype.kind == "f":
-        raise DataError("is an image of floats or of numbers beyond 16 bits; save it with 8 or 16 bits")
-    return (values >> 8).astype(np.uint8) if values.max() > 255 else values.astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,8 @@ PAIRS = (
 )
 LABEL_NAMES = ("label", "intent", "category", "class", "sentiment", "target", "gold_label", "is_duplicate")
 PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
+_TEXTS = (".txt", ".conll", ".conllu", ".bio", ".bioes", ".bmes", ".iob", ".iob2")
+_ENDINGS = (*SUFFIXES, ".npz", "", *_TEXTS, *(f"{ending}.gz" for ending in _TEXTS))  # of parts; "": folders
 _SHARE = 0.1  # of the training rows, for a part that is not given
 
 P = TypeVar("P", bound=Part)
@@ -198,23 +200,12 @@ def _parts(data: str | Path) -> dict[str, Any]:
     name = str(data)
     if name == f"{DEMO}support":
         return {part: f"{DEMO}support_{part}" for part in PARTS}
+    from lorakit.data.images import is_class, parts_of_archive
+
     path = Path(data)
     if not path.is_dir():
-        from lorakit.data.images import parts_of_archive
-
         return parts_of_archive(path)
-    from lorakit.data.documents import CODE
-
-    found: dict[str, Any] = {}
-    for part, names in PARTS.items():
-        for candidate in names:
-            files = [path / f"{candidate}{suffix}" for suffix in (*SUFFIXES, ".npz")] + [path / candidate]
-            files += sorted(path.glob(f"{candidate}.*"))
-            hit = next((file for file in files if file.exists() and file.suffix not in CODE), None)
-            if hit is not None:
-                found.setdefault(part, hit)
-    if "train" not in found and all(place.is_dir() for place in found.values()):
-        return {}  # a folder of another making, in which something happens to be called so
-    if "train" not in found:
-        raise DataError(f"'{path}' holds {', '.join(str(part) for part in found.values())} and no training part")
-    return found
+    places = {part: [path / f"{name}{end}" for name in names for end in _ENDINGS] for part, names in PARTS.items()}
+    there = {part: [one for one in some if one.exists() and not is_class(one)] for part, some in places.items()}
+    found = {part: some[0] for part, some in there.items() if some}
+    return found if "train" in found else {}  # without it the folder is of another making

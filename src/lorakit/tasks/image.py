@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorakit.data.batches import IGNORED
 from lorakit.data.faults import refuse_rows
-from lorakit.data.images import Images, load_images, make_images, opened
+from lorakit.data.images import Images, load_images, make_images
+from lorakit.data.pictures import opened
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.rows import Splits
 from lorakit.describe import describe
