@@ -147,6 +147,12 @@ def test_what_is_to_be_predicted_is_not_read(tmp_path, task, row):
         TASKS[task].read(path)
 
 
+def test_a_cell_may_hold_a_long_text(tmp_path):
+    long = "word " * 30_000
+    path = put(tmp_path / "a.csv", f'text,label\n"{long}",x\n')
+    assert load_rows(path).texts == (long.strip(),)
+
+
 def test_binary_junk_is_not_taken_for_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(bytes(range(128, 256)) * 10)
@@ -219,6 +225,15 @@ def test_a_directory_of_parts_and_given_parts_are_used(tmp_path):
 def test_a_directory_without_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="no Hugging Face dataset"):
         load_splits(tmp_path)
+
+
+@pytest.mark.parametrize(("names", "one"), [(("train.csv", "test.csv"), "test.csv"), (("a.jsonl", "b.csv"), "a.jsonl")])
+def test_a_directory_with_tables_is_no_table_itself(tmp_path, names, one):
+    for name in names:
+        put(tmp_path / name, csv_text())
+    told = f"holds {', '.join(sorted(names))}, and is no Hugging Face .*; name one of its files, as '.*{one}'"
+    with pytest.raises(DataError, match=told):
+        load_rows(tmp_path)
 
 
 def tokens(lengths):

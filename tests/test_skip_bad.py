@@ -14,6 +14,7 @@ from lorakit.cli import main
 from lorakit.data import Splits, load_rows, load_splits
 from lorakit.data.faults import BadRow, counted, skipping, told
 from lorakit.data.images import load_images
+from lorakit.data.interactions import load_interactions
 from lorakit.data.tagged import load_tagged
 from lorakit.errors import DataError, UsageError
 from lorakit.fit.loop import Record
@@ -609,6 +610,13 @@ def test_a_table_of_bad_rows_alone_is_refused_whatever_the_bound(tmp_path):
     (tmp_path / "x.csv").write_text("text,label\n,a\n,b\n")
     with pytest.raises(DataError, match="no other row is there"), skipping(9):
         load_rows(tmp_path / "x.csv")
+    (tmp_path / "y.csv").write_text("user,item,rating\n,a,5\nu,,5\n")
+    for rating in (None, ">=4"):
+        with pytest.raises(DataError, match="no other row is there"), skipping(9):
+            load_interactions(tmp_path / "y.csv", rating=rating)
+    (tmp_path / "y.csv").write_text("user,item,rating\n,a,5\nu,b,1\n")
+    with pytest.raises(DataError, match="no row with rating >= 4"), skipping(9):
+        load_interactions(tmp_path / "y.csv", rating=">=4")
 
 
 def test_what_is_told_is_short():

@@ -15,6 +15,7 @@ import pytest
 
 import lorakit as lk
 import tiny_chat
+import tiny_image
 import tiny_seq2seq
 import tiny_text
 from lorakit.cache import cache_folder
@@ -208,6 +209,55 @@ def test_a_task_that_needs_all_rows_gets_them(task, tmp_path):
     assert not isinstance(same.train, Streamed)
 
 
+@pytest.mark.parametrize("task", ["image", "image_text"])
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_images_beside_a_large_table_are_found(task, name, tmp_path):
+    from PIL import Image
+
+    for k, pixels in enumerate(tiny_image.arrays(9)[0]):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    rows = [{"image": f"{k % 9}.png", "text": f"a {k}", "label": "ab"[k % 2]} for k in range(60)]
+    whole, same = both(task, written(rows, tmp_path / name), 0)
+    assert [part.digest() for part in parts(whole)] == [part.digest() for part in parts(same)]
+
+
+@pytest.mark.parametrize("wanted", [5, 6])
+def test_ratings_that_count_may_begin_in_a_later_chunk(wanted, tmp_path):
+    rows = [{"user": f"u{k % 6}", "item": f"i{k % 11}", "rating": 1 if k < 50 else 5} for k in range(120)]
+    file = written(rows, tmp_path / "a.csv")
+
+    def read(most):
+        found = load_splits(file, read=TASKS["recommend"].read, rating=f">={wanted}", most_in_memory=most)
+        return [part.digest() for part in parts(found)]
+
+    if wanted == 5:
+        assert read(0) == read(None)
+        return
+    for most in (None, 0):
+        with pytest.raises(DataError, match="has no row with rating >= 6"):
+            read(most)
+
+
+@pytest.mark.parametrize("bad", [range(37, 74), range(144, 150), range(150)], ids=["middle", "end", "all"])
+def test_all_rows_of_a_chunk_may_be_bad(bad, tmp_path):
+    rows = rows_of("classify")
+    for k in bad:
+        rows[k]["text"] = ""
+    file = written(rows, tmp_path / "a.csv")
+    told = []
+    for most in (None, 0):
+        with pytest.raises(DataError) as caught:
+            load_splits(file, most_in_memory=most)
+        told.append(str(caught.value))
+        if len(bad) == N:
+            assert "no other row is there" in told[-1]
+            continue
+        found = load_splits(file, skip_bad=len(bad), most_in_memory=most)
+        assert [one.row for one in found.skipped] == [k + 2 for k in bad]
+        told[-1] += found.train.digest()
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz"])
 def test_a_bad_row_in_a_later_chunk_is_named_with_its_file(name, tmp_path):
     rows = rows_of("classify")
@@ -250,6 +300,9 @@ def test_faults_of_all_rows_are_found_by_a_few(tmp_path, bases):
     rows = [{"text": "a", "label": "weather"}] * 60 + [{"text": "a", "label": "other"}]
     with pytest.raises(DataError, match="row 62: label 'other' does not occur in the training rows"):
         load_splits(file, valid=written(rows, tmp_path / "valid.csv"), most_in_memory=0)
+    valid = written([*rows, *rows[-1:] * 3], tmp_path / "more.csv")  # of which one at a time is looked at
+    found = load_splits(file, valid=valid, most_in_memory=0, skip_bad=4)
+    assert [one.row for one in found.skipped] == [62, 63, 64, 65]
 
 
 def test_a_file_that_changes_meanwhile_is_told(tmp_path, bases):

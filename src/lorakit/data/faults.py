@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
-from lorakit.errors import BadRowsError, DataError, LorakitError, UsageError, listed
+from lorakit.errors import BadRowsError, DataError, LorakitError, NoRowsError, UsageError, listed
 
 _MEND = "mend or remove these rows"
 _SHOWN = 5
@@ -139,8 +139,8 @@ def tolerant() -> bool:
 
 
 def leave_out(source: object, faults: Sequence[tuple[int, str]], way: str = _MEND, left: int = 1) -> None:
-    """Counts the rows that a reader leaves out: row numbers and reasons. DataError if there may not be so many, or if
-    no row is `left`."""
+    """Counts the rows that a reader leaves out: row numbers and reasons. DataError if there may not be so many;
+    NoRowsError if no row is `left`."""
     if not faults:
         return
     bad = [BadRow(source, row, reason) for row, reason in faults]
@@ -149,7 +149,7 @@ def leave_out(source: object, faults: Sequence[tuple[int, str]], way: str = _MEN
     if now is None:
         raise DataError(message)
     if not left:
-        raise DataError(f"{message}; no other row is there")
+        raise NoRowsError(f"{message}; no other row is there", bad)
     now.leave_out(bad, message, way)
 
 

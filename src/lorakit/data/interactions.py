@@ -21,7 +21,7 @@ from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.rows import Part, at
 from lorakit.data.sources import apart, column_of
 from lorakit.data.tables import open_table
-from lorakit.errors import DataError
+from lorakit.errors import DataError, NoRowsError
 
 USER_NAMES = ("user", "user_id", "userid", "uid", "customer", "customer_id", "reviewerid")
 ITEM_NAMES = ("item", "item_id", "itemid", "iid", "movieid", "movie_id", "product", "product_id", "productid", "asin")
@@ -122,6 +122,7 @@ def load_interactions(
     rating_column, least = _threshold(name, columns, rating) if rating and items else ("", 0.0)
     found: dict[tuple[str, str], tuple[float, int]] = {}
     faults: list[tuple[int, str]] = []
+    n_good = 0
     for line, row in table:
         try:
             who, what = (_word(row, column) if column else "" for column in (user_column, item_column))
@@ -135,12 +136,14 @@ def load_interactions(
         elif when is None:
             told = f"{row.get(time_column)!r:.40}, neither a number nor a date like 2026-01-31"
             faults.append((line, f"column '{time_column}' is {told}"))
-        elif stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
-            found[who, what] = (when, line)
-    leave_out(name, faults)
+        else:
+            n_good += 1
+            if stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
+                found[who, what] = (when, line)
+    leave_out(name, faults, left=n_good)
     if not found:
         why = f"no row with {rating_column} >= {least:g}" if rating_column else "a header and no rows"
-        raise DataError(f"'{name}' has {why}" if columns else f"'{name}' is empty")
+        raise NoRowsError(f"'{name}' has {why}" if columns else f"'{name}' is empty")
     order = sorted(found, key=lambda pair: found[pair][1])
     return Interactions(
         tuple(who for who, _ in order),

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Coded, Ints, Part, positions
 from lorakit.data.tables import Table, opened, table_bytes
-from lorakit.errors import DataError
+from lorakit.errors import DataError, NoRowsError
 from lorakit.trunk.memory import available_memory
 
 _TAKEN = 40  # bytes for each of a file: rows, and what tokenizers make of them all at once (18 to 50, short rows most)
@@ -38,14 +39,24 @@ class Source(NamedTuple):
     read: Callable[[Memory], Part]
 
     def parts(self, lines: Ints | None = None) -> Iterator[Part]:
-        """All rows in chunks; or those with these numbers, which rise."""
+        """All rows in chunks, without those that have none to use; or those with these numbers, which rise."""
         table = self.rows() if lines is None else _only(self.rows(), lines)
         few = list(islice(table, _LOOK))
         size = _BYTES * len(few) // max(1, sum(len(repr(row)) for _, row in few))
         table = chain(few, table)
+        bad: list[tuple[int, str]] = []  # of the chunks without any other
+        n_parts = 0
         while chunk := list(islice(table, max(1, min(size, _ROWS)))):
             numbers, rows = zip(*chunk)
-            yield self.read(Memory(rows, self.name, self.columns, numbers))
+            try:
+                part = self.read(Memory(rows, self.name, self.columns, numbers))
+            except NoRowsError as error:
+                bad += [(one.row, one.reason) for one in error.rows]
+                continue
+            n_parts += 1
+            yield part
+        if n_parts:
+            leave_out(self.name, bad)
 
 
 class Index(NamedTuple):

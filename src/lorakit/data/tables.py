@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory, by_name
-from lorakit.errors import DataError, MissingExtraError, nearest
+from lorakit.errors import DataError, MissingExtraError, NoRowsError, nearest
 
 X = TypeVar("X")
 
@@ -30,6 +30,7 @@ Table = Iterator[tuple[int, dict[str, Any]]]  # row number as a person counts it
 Opened = tuple[list[str], Callable[[], Table]]  # columns, and rows as often as they are wanted
 _AT_ONCE = 1024  # rows that pyarrow makes Python values of together
 _SAMPLE = 1 << 22  # bytes of text that tell how well a file was packed
+_FIELD = 1 << 27  # characters in a cell of CSV, at the most: beyond it a quote was left open
 
 
 def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
@@ -47,11 +48,13 @@ def opened(source: str | Path | Memory) -> Opened:
         return _demo(name.removeprefix(DEMO))
     path = Path(source)
     if path.is_dir():
-        if not is_dataset(path):
-            raise DataError(
-                f"'{path}' holds no train.csv, train.jsonl or train.parquet, and is no Hugging Face dataset directory"
-            )
-        return _read_arrow(path)
+        if is_dataset(path):
+            return _read_arrow(path)
+        names = sorted(file.name for file in path.iterdir() if _suffix(file) in _READERS)
+        held = ", ".join(names[:4] + ["..."] * (len(names) > 4)) or "no train.csv, train.jsonl or train.parquet"
+        one = path / max(names, key=lambda name: name.startswith("test"), default="")
+        way = f"; name one of its files, as '{one}'" if names else ""
+        raise DataError(f"'{path}' holds {held}, and is no Hugging Face dataset directory{way}")
     if not path.exists():
         raise DataError(f"'{path}' does not exist")
     reader = _READERS.get(_suffix(path))
@@ -65,7 +68,7 @@ def usable_rows(
     source: str, table: Iterable[tuple[int, Mapping[str, Any]]], read: Callable[[Mapping[str, Any]], X], header: bool
 ) -> tuple[list[X], list[int]]:
     """What `read` makes of each row, and the row numbers; without those for which it raises DataError, as many as may
-    be left out. DataError names them otherwise, and a table without rows, which may have a `header`."""
+    be left out. DataError names them otherwise; NoRowsError a table without rows, which may have a `header`."""
     found: list[X] = []
     lines: list[int] = []
     faults: list[tuple[int, str]] = []
@@ -77,7 +80,7 @@ def usable_rows(
             faults.append((line, str(error)))
     leave_out(source, faults, left=len(found))
     if not found:
-        raise DataError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
+        raise NoRowsError(f"'{source}' has a header and no rows" if header else f"'{source}' is empty")
     return found, lines
 
 
@@ -177,6 +180,7 @@ def _demo(name: str) -> Opened:
 
 def _read_csv(path: Path) -> Opened:
     delimiter = "\t" if _format(path) == ".tsv" else ","
+    csv.field_size_limit(max(_FIELD, csv.field_size_limit()))
 
     def lines() -> Iterator[tuple[int, list[str], int]]:
         """Number and fields of every row, and the line on which it ends."""
