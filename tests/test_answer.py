@@ -84,8 +84,10 @@ FORMS = [
         {"question": "Who came?", "answers": [{"text": "Bob", "answer_start": 10}]}]}]}]})),
     ("a.jsonl", json.dumps({**ROW, "answers": {"text": ["Bob"], "answer_start": [10]}})),
     ("b.jsonl", json.dumps({**ROW, "answers": [{"text": "Bob", "answer_start": 10}]})),
+    ("d.jsonl", json.dumps({**ROW, "answers": [["Bob", 10]]})),
     ("c.jsonl", json.dumps({**ROW, "answer": "Bob", "start": 10})),
     ("a.csv", f"question,context,answer\nWho came?,{CONTEXT},Bob\n"),
+    ("c.csv", f"question,context,answers\nWho came?,{CONTEXT},\"[[\"\"Bob\"\", 10]]\"\n"),
     ("b.csv", f"question,context,answers\nWho came?,{CONTEXT},\"{{\"\"text\"\": [\"\"Bob\"\"]}}\"\n"),
 ]  # fmt: skip
 

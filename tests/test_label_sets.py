@@ -131,6 +131,19 @@ def test_tables_that_cannot_be_read_say_why(tmp_path, content, columns, words):
         load_label_sets(tmp_path / "a.csv", **columns)
 
 
+@pytest.mark.parametrize(
+    ("cell", "more", "labels"),
+    [
+        ('"[""\\ud83d\\ude00"", ""b""]"', {}, ("\U0001f600", "b")),
+        ("[A];[B]", {"delimiter": ";"}, ("[A]", "[B]")),
+        ("[A]", {"delimiter": ";"}, ("[A]",)),
+    ],
+)
+def test_labels_in_brackets_are_json_or_what_a_delimiter_makes_of_them(tmp_path, cell, more, labels):
+    (tmp_path / "a.csv").write_text(f"text,labels\nx,{cell}\n", encoding="utf-8")
+    assert load_label_sets(tmp_path / "a.csv", **more).labels == (labels,)
+
+
 def test_null_and_numbers_are_no_labels(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "labels": null}\n{"text": "y", "labels": {"a": 1}}\n')
     with pytest.raises(DataError, match=r"(?s)row 1: column 'labels' is null; .*row 2: column 'labels' is \{'a': 1\}"):

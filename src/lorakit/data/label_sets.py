@@ -6,7 +6,8 @@
 | one column of lists: JSON Lines and Parquet have them; in CSV as JSON or as Python writes a list | `["a", "b"]` |
 | a column of 0 and 1 for each label, all named | `toxic,threat` with 1 and 0 below |
 
-An empty text or an empty list is a row without labels; null is an error, for it may mean that nobody looked.
+An empty text or an empty list is a row without labels; null is an error, for it may mean that nobody looked. A
+delimiter that is told cuts every text, also one in brackets.
 """
 
 import ast
@@ -174,10 +175,8 @@ def _marked(row: Mapping[str, Any], flags: Sequence[str]) -> Labels:
     return tuple(found)
 
 
-def _splitter(
-    source: str, column: str, rows: Sequence[tuple[int, Any]], delimiter: str | None
-) -> Callable[[str], list[str]]:
-    """What makes labels of one text."""
+def _splitter(source: str, column: str, rows: Sequence[tuple[int, Any]], delimiter: str | None) -> Callable[[str], Any]:
+    """What makes labels of one text: a list of them, where it holds what it should."""
     if delimiter is not None:
         if not delimiter:
             raise DataError(f"'{source}': the delimiter is empty; give what stands between two labels")
@@ -192,17 +191,21 @@ def _splitter(
             "--delimiter"
         )
     mark = next(iter(counts), None)
-    return lambda value: value.split(mark) if mark else [value]
+
+    def split(value: str) -> Any:
+        return _listed(value, column) if _is_list(value) else value.split(mark) if mark else [value]
+
+    return split
 
 
 def _is_list(value: str) -> bool:
     return value.strip().startswith("[") and value.strip().endswith("]")
 
 
-def _held(row: Mapping[str, Any], column: str, split: Callable[[str], list[str]]) -> Labels:
+def _held(row: Mapping[str, Any], column: str, split: Callable[[str], Any]) -> Labels:
     value = row.get(column)
     if isinstance(value, str):
-        value = _listed(value, column) if _is_list(value) else [one for one in split(value) if one.strip()]
+        value = split(value)
     if not isinstance(value, list | tuple) or not all(type(one) in (str, int) for one in value):
         wish = "labels joined by a delimiter, or a list of them; empty where there is none"
         raise DataError(f"column '{column}' is {'null' if value is None else repr(value)[:40]}; it must be {wish}")
@@ -211,7 +214,9 @@ def _held(row: Mapping[str, Any], column: str, split: Callable[[str], list[str]]
 
 
 def _listed(value: str, column: str) -> Any:
-    try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
-        raise DataError(f"column '{column}' is {value!r:.40}, which is no list of labels") from None
+    for read in (json.loads, ast.literal_eval):  # of JSON first: only it knows what two surrogates are
+        try:
+            return read(value.strip())
+        except (ValueError, SyntaxError):
+            pass
+    raise DataError(f"column '{column}' is {value!r:.40}, which is no list of labels")

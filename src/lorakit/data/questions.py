@@ -3,7 +3,7 @@
 | form | how |
 |---|---|
 | SQuAD v1.1, v2 | one JSON object: `data`, `paragraphs`, `context`, `qas` (also `is_impossible`) |
-| rows of SQuAD | columns `question`, `context` and `answers`: {text: [...], answer_start: [...]}, or a list of pairs |
+| rows of SQuAD | columns `question`, `context` and `answers`: {text: [...], answer_start: [...]}, or pairs of both |
 | table | columns `question`, `context`, `answer`, and where known `start`: the character where it begins |
 
 No answers, or an empty one, say that the context does not answer the question. Without its start an answer is taken
@@ -195,7 +195,7 @@ def _of_table(source: str | Path | Memory, answers: bool, faults: Faults, **colu
 
 def _written(value: Any, start: Any) -> list[tuple[Any, Any]]:
     """The answers of a cell: JSON, or a text; none if it is empty."""
-    if isinstance(value, str) and value.lstrip()[:2] in ('{"', "[{"):
+    if isinstance(value, str) and value.lstrip()[:2] in ('{"', "[{", "[["):
         try:
             return _pairs(json.loads(value))
         except json.JSONDecodeError:
@@ -209,7 +209,14 @@ def _pairs(value: Any) -> list[tuple[Any, Any]]:
         texts = value.get("text", [])
         starts = value.get("answer_start") or [None] * len(texts)
         return list(zip(texts, starts)) if len(texts) == len(starts) else [(None, None)]
-    return [(one.get("text"), one.get("answer_start")) if isinstance(one, Mapping) else (one, None) for one in value]
+    return [_pair(one) for one in value]
+
+
+def _pair(one: Any) -> tuple[Any, Any]:
+    """Text and start of {text, answer_start}, of a pair, or of a text alone."""
+    if isinstance(one, Mapping):
+        return one.get("text"), one.get("answer_start")
+    return (one[0], one[1]) if isinstance(one, list | tuple) and len(one) == 2 else (one, None)
 
 
 def _checked(source: str, found: Sequence[Row], faults: Faults) -> Questions:
