@@ -1,5 +1,6 @@
 """Rows in memory are read as those of a file are."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import lorakit as lk
 from lorakit.data import load_dialogues, load_label_sets, load_questions, load_rows, load_splits, load_tagged
 from lorakit.data.interactions import load_interactions
 from lorakit.data.memory import in_memory
+from lorakit.data.tables import open_table
 from lorakit.errors import DataError, UsageError
 from tiny_text import small_task, table
 
@@ -109,6 +111,9 @@ def test_a_label_that_is_not_a_number_is_empty_in_a_file_too(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
     with pytest.raises(DataError, match="row 2: column 'label' is empty"):
         load_rows(tmp_path / "a.jsonl")
+    rows = [{key: values[k] for key, values in ALPACA.items()} for k in range(2)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_dialogues(tmp_path / "b.jsonl").inputs == ("Add.\n\n2 2", "Sing.")
 
 
 def test_arrays_in_cells_are_lists_as_those_of_a_parquet_file_are():
@@ -121,5 +126,5 @@ def test_arrays_in_cells_are_lists_as_those_of_a_parquet_file_are():
     words = {"words": np.array(["a", "b"]), "tags": np.array(["O", "B-x"], dtype=object)}
     assert load_tagged(in_memory([words])).tags == (("O", "B-x"),)
     pixels = np.zeros((2, 2), np.uint8)
-    ((_, kept),) = in_memory([{"image": pixels}]).table()[1]
+    ((_, kept),) = open_table(in_memory([{"image": pixels}]))[1]
     assert kept["image"] is pixels  # an image stays one

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.data.memory import plain
 from lorakit.errors import DataError
 
 
@@ -34,6 +33,6 @@ def text_in(row: Mapping[str, Any], column: str) -> str:
 
 
 def label_in(row: Mapping[str, Any], column: str) -> str:
-    """The label in this column, a text or a number (NaN is none), as a text without white space around it."""
-    value = plain(row.get(column))
+    """The label in this column, a text or a number, as a text without white space around it."""
+    value = row.get(column)
     return text_of(None if value is None else str(value), f"column '{column}'").strip()

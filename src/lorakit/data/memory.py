@@ -2,7 +2,7 @@
 part (train, valid, test).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -37,13 +37,9 @@ class Memory:
     def __str__(self) -> str:
         return self.name
 
-    def table(self) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-        """Column names, and rows by number."""
-        return self.columns, ((n, {key: plain(value) for key, value in row.items()}) for n, row in self.rows)
-
 
 def plain(value: Any) -> Any:
-    """A cell as a file has it: None for NaN, NaT and pandas' NA, a list for an array of one dimension.
+    """What a cell says: None for NaN, NaT and pandas' NA, a list for an array of one dimension.
 
     >>> plain({"text": ("a", "b"), "start": float("nan")})
     {'text': ['a', 'b'], 'start': None}

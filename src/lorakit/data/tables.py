@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.data.faults import leave_out
-from lorakit.data.memory import Memory, by_name
+from lorakit.data.memory import Memory, by_name, plain
 from lorakit.errors import DataError, MissingExtraError, NoRowsError, nearest
 
 X = TypeVar("X")
 
 DEMO = "demo:"
 
-Table = Iterator[tuple[int, dict[str, Any]]]  # row number as a person counts it, column -> value
+Table = Iterator[tuple[int, Mapping[str, Any]]]  # row number as a person counts it, column -> value
 Opened = tuple[list[str], Callable[[], Table]]  # columns, and rows as often as they are wanted
 _AT_ONCE = 1024  # rows that pyarrow makes Python values of together
 _SAMPLE = 1 << 22  # bytes of text that tell how well a file was packed
@@ -40,9 +40,14 @@ def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
 
 
 def opened(source: str | Path | Memory) -> Opened:
-    """Column names of one table, and what gives its rows from the first on, again and again."""
+    """Column names of one table, and what gives its rows from the first on, again and again; cells are `plain`."""
+    columns, rows = _opened(source)
+    return columns, lambda: ((n, {key: plain(value) for key, value in row.items()}) for n, row in rows())
+
+
+def _opened(source: str | Path | Memory) -> Opened:
     if isinstance(source, Memory):
-        return source.table()[0], lambda: source.table()[1]
+        return source.columns, lambda: iter(source.rows)
     name = str(source)
     if name.startswith(DEMO):
         return _demo(name.removeprefix(DEMO))
