@@ -22,7 +22,7 @@ from lorakit.errors import DataError, LorakitError, PlanError, UsageError
 from lorakit.fit.use import open_run
 from lorakit.tasks.base import load_base
 from lorakit.tasks.image import Image
-from lorakit.tasks.vision import image_base
+from lorakit.tasks.vision import image_base, pooled
 from lorakit.trunk import Trunk
 from tiny_image import arrays, cnn, cnn_base, folder, tiny_convnext, tiny_resnet, tiny_vit
 
@@ -196,6 +196,37 @@ def test_a_network_of_ones_own_runs_as_a_whole_whatever_its_parts_are_called():
     with torch.no_grad(), Trunk(own, shape=(3, 16, 16)) as trunk:
         found = trunk.seen(pixels)
     torch.testing.assert_close(found, own(pixels), rtol=1e-4, atol=1e-5)
+
+
+class Dense(nn.Module):
+    """As DenseNet: it runs its own classifier."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.maps, self.classifier = cnn(), classifier
+
+    def forward(self, x):
+        return self.classifier(self.maps(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("own", [nn.Identity(), nn.Linear(32, 3), nn.Linear(32, 8)])
+def test_a_network_with_a_classifier_of_its_own_is_refused_as_it_is_and_goes_in_wrapped(data, own):
+    torch.manual_seed(0)
+    net = Dense(own)
+    with pytest.raises(UsageError, match=r"'classifier' of its own, .*; wrap it, .*: nn\.Sequential\(model\)"):
+        lk.fit(image_base(net, "dense", size=(16, 16)), data, "image", **QUICK)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    result = lk.fit(image_base(nn.Sequential(net), "dense", size=(16, 16)), data, "image", **QUICK, max_steps=4)
+    assert "0.maps.0" in result.adapter.layers and "classifier.linear.weight" in result.adapter.trained
+    assert net.classifier is own and net.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_patches_that_a_network_does_not_pool_are_pooled_by_their_mean():
+    patches = torch.randn(2, 5, 3)
+    assert torch.equal(pooled(patches, "own"), patches.mean(1))
+    assert torch.equal(pooled(patches, "mean"), patches.mean(1))
+    assert torch.equal(pooled(patches, "cls"), patches[:, 0])
 
 
 def test_a_network_of_ones_own_is_used_again_by_giving_it(place, data, tmp_path):

@@ -54,7 +54,7 @@ def test_the_head_begins_with_every_label_equally_probable():
     Classify(("a", "b")).prepare(trunk)
     assert float(trunk.classifier.weight.detach().abs().max()) == 0
     Classify(("a", "b")).prepare(trunk)  # again: left as it is
-    with pytest.raises(UsageError, match="does not give 3 outputs"):
+    with pytest.raises(UsageError, match="is no head from 5 numbers to 3 outputs"):
         Classify(("a", "b", "c")).prepare(trunk)
 
 

@@ -26,7 +26,7 @@ from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
 from lorakit.tasks.base import Base
 from lorakit.tasks.intervals import bootstrap
-from lorakit.tasks.pooled import mean_of_segments
+from lorakit.tasks.pooled import reads_of, vectors
 from lorakit.tasks.task import TASKS, Measured, Scores, Task, refuse_long
 
 _AT_ONCE = 1 << 22  # similarities held at once in evaluation
@@ -132,10 +132,9 @@ class Embed(Task):
         ids = tuple(tuple(entry) for entry in encoded["input_ids"])
         owners = [line for line, own in zip(rows.lines, members) for _ in own]
         refuse_long(rows, owners, [ids[place] for own in members for place in own], self.max_length)
-        reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
         numbers = {label: number for number, label in enumerate(dict.fromkeys(rows.labels or ()))}
         keys = tuple((numbers.get(label, place),) for (label, _), place in places.items())
-        found = Tokens(ids, keys, reads, tuple(lines), tokenizer.pad_token_id or 0)
+        found = Tokens(ids, keys, reads_of(ids, self.pool), tuple(lines), tokenizer.pad_token_id or 0)
         return Matched(found, members, rows.lines, classes=rows.labels is not None)
 
     def preview(self, examples: Matched, number: int, tokenizer: Any) -> str:
@@ -144,8 +143,7 @@ class Embed(Task):
 
     def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """The vectors of each example's texts, side by side: `(examples, texts * d)`, float32."""
-        vectors = hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
-        return F.normalize(vectors, dim=-1).view(len(batch.examples), -1)
+        return F.normalize(vectors(hidden, batch), dim=-1).view(len(batch.examples), -1)
 
     def loss(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """Summed over examples."""
@@ -187,14 +185,14 @@ class Embed(Task):
         wanted = examples.candidates()
         first = {place: i for i, place in reversed(list(enumerate(wanted)))}
         column = {place: k for k, place in enumerate(first)}
-        vectors = scores.view(len(examples), len(examples.members[0]), -1)
-        pool = vectors[[first[place] for place in column], 0 if examples.classes else 1]
+        texts = scores.view(len(examples), len(examples.members[0]), -1)
+        pool = texts[[first[place] for place in column], 0 if examples.classes else 1]
         belonging, queries = examples.belonging(), [own[0] for own in examples.members]
         asking = [i for i, places in enumerate(belonging) if places - {queries[i]}]
         ranks, losses = [torch.zeros(0)], [torch.zeros(0)]
         for part in torch.split(torch.tensor(asking, dtype=torch.int64), max(1, _AT_ONCE // len(pool))):
             right = torch.zeros(len(part), len(pool), dtype=torch.bool)
-            similar = vectors[part, 0] @ pool.T
+            similar = texts[part, 0] @ pool.T
             for row, i in enumerate(part.tolist()):
                 right[row, [column[place] for place in belonging[i]]] = True
                 if queries[i] in column:
@@ -212,8 +210,7 @@ class Embed(Task):
         """The vector of each query."""
         alone = make_texts(rows.queries, rows.source, rows.lines)
         examples = self.examples(alone, base.tokenizer, truncate=truncate)
-        vectors = scores(examples).tolist()
-        return [Embedding(text, tuple(vector)) for text, vector in zip(rows.queries, vectors)]
+        return [Embedding(text, tuple(vector)) for text, vector in zip(rows.queries, scores(examples).tolist())]
 
     def evaluate(self, rows: Matches, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
         """Metrics on pairs, triples or labelled texts."""

@@ -22,24 +22,28 @@ class Aside(nn.Module):
 def give_head(
     model: nn.Module, name: str, n_outputs: int, noun: str = "labels", bias: Tensor | None = None, width: int = 0
 ) -> None:
-    """Gives the trunk a head `name` on its vectors; one of the right size is left as it is.
+    """Gives the trunk a head `name` on its vectors; one of the right size on both sides is left as it is.
 
     It begins at zero: every output equally probable, so nothing is known before training; or at `bias (n_outputs,)`.
     `width` is that of the vectors, if it is not the model's own. UsageError if the trunk has something else of that
-    name.
+    name: a part of its own, which it runs itself.
     """
+    config: Any = getattr(model, "config", None)
+    width = width or int(config.hidden_size)
     head = getattr(model, name, None)
     if isinstance(head, Aside):
         head = head.linear
-    if isinstance(head, nn.Linear) and head.out_features == n_outputs:
+    if isinstance(head, nn.Linear) and (head.in_features, head.out_features) == (width, n_outputs):
         return
     if head is not None:
+        way = "pass the bare trunk (AutoModel)"
+        if config is None:
+            way = "wrap it, so that the head has a place of its own: nn.Sequential(model)"
         raise UsageError(
-            f"this {type(model).__name__} has a '{name}' of its own that does not give {n_outputs} {noun}; "
-            "pass the bare trunk (AutoModel)"
+            f"this {type(model).__name__} has a '{name}' of its own, which is no head from {width} numbers to "
+            f"{n_outputs} {noun}; {way}"
         )
-    config: Any = getattr(model, "config", None)
-    fresh = nn.Linear(width or int(config.hidden_size), n_outputs)
+    fresh = nn.Linear(width, n_outputs)
     with torch.no_grad():
         fresh.weight.zero_()
         fresh.bias.copy_(torch.zeros(n_outputs) if bias is None else bias)

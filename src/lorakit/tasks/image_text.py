@@ -39,7 +39,7 @@ from lorakit.tasks.classify import (
 )
 from lorakit.tasks.heads import give_head, run_head
 from lorakit.tasks.image import Image, weighty
-from lorakit.tasks.pooled import HEAD
+from lorakit.tasks.pooled import HEAD, vectors
 from lorakit.tasks.task import TASKS, Scores, Task
 from lorakit.trunk.two import TextImage, TextImageTrunk
 
@@ -160,9 +160,7 @@ class ImageText(Task):
     def scores(self, model: nn.Module, hidden: Any, batch: PixelsAndTokensBatch) -> Tensor:
         """The logits `(rows, labels)`, float32."""
         texts, images = hidden
-        return run_head(
-            model, HEAD, torch.cat([self.text.vectors(texts, batch.tokens), self.image.vectors(images)], -1)
-        )
+        return run_head(model, HEAD, torch.cat([vectors(texts, batch.tokens), self.image.vectors(images)], -1))
 
     def loss(self, model: nn.Module, hidden: Any, batch: PixelsAndTokensBatch) -> Tensor:
         """Summed cross-entropy in nats."""

@@ -70,18 +70,13 @@ class Pooled(Task):
         encoded = tokenizer(*texts, **bounds, return_token_type_ids=self.types)
         ids = tuple(tuple(entry) for entry in encoded["input_ids"])
         refuse_long(rows, rows.lines, ids, self.max_length)
-        reads = tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[self.pool] for entry in ids)
         types = tuple(tuple(entry) for entry in encoded["token_type_ids"]) if self.types else ()
-        return Tokens(ids, tuple(labels), reads, rows.lines, tokenizer.pad_token_id or 0, types)
+        return Tokens(ids, tuple(labels), reads_of(ids, self.pool), rows.lines, tokenizer.pad_token_id or 0, types)
 
     def scores(self, model: nn.Module, hidden: Tensor, batch: TextBatch) -> Tensor:
         """What the head gives of each text: `(texts, outputs)`, float32."""
-        found: Tensor = model.get_submodule(HEAD)(self.vectors(hidden, batch))
+        found: Tensor = model.get_submodule(HEAD)(vectors(hidden, batch))
         return found
-
-    def vectors(self, hidden: Tensor, batch: TextBatch) -> Tensor:
-        """The pooled vector of each text: `(texts, d)`, float32."""
-        return hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
 
     def note(self) -> dict[str, Any]:
         """What an adapter must remember to be used again."""
@@ -142,6 +137,16 @@ def table_of(per_label: Mapping[str, Mapping[str, Any]], width: int) -> list[str
             for label, values in per_label.items()
         ),
     ]
+
+
+def reads_of(ids: Sequence[Sequence[int]], pool: str) -> tuple[tuple[int, ...], ...]:
+    """The place that is read of each text, pooled so; none of a text of which the mean is taken."""
+    return tuple({"cls": (0,), "last": (len(entry) - 1,), "mean": ()}[pool] for entry in ids)
+
+
+def vectors(hidden: Tensor, batch: TextBatch) -> Tensor:
+    """The pooled vector of each text, whose places are read by `reads_of`: `(texts, d)`, float32."""
+    return hidden.float() if batch.reads is not None else mean_of_segments(hidden, batch.segments)
 
 
 def mean_of_segments(hidden: Tensor, segments: Segments) -> Tensor:

@@ -1,7 +1,8 @@
 """Bases that see: how a model's patches or maps become one vector, how it wants its images, what an image costs.
 
 A model is one of Transformers (ViT, DINOv2, CLIP's and SigLIP's vision half, ResNet, ConvNext, Swin ...), or any torch
-module that takes pixels `(b, channels, height, width)` and gives features `(b, d)` or maps `(b, d, height, width)`.
+module that takes pixels `(b, channels, height, width)` and gives features `(b, d)`, maps `(b, d, height, width)` or
+patches `(b, n, d)`.
 """
 
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def _checked(pool: str) -> str:
 def pooled(found: Any, pool: str) -> Tensor:
     """One vector for each image from what a model gives: `(b, d)`, float32. LorakitError if it cannot be pooled so.
 
-    "own": what it pools by itself, or the mean of its maps; "cls": its first patch; "mean": of its patches or maps.
+    "own": what it pools by itself, else as "mean"; "cls": its first patch; "mean": that of its patches or maps.
     """
     states = found if isinstance(found, Tensor) else getattr(found, "last_hidden_state", None)
     own = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
@@ -107,7 +108,7 @@ def pooled(found: Any, pool: str) -> Tensor:
         if pool == "cls":
             raise UsageError("the base gives maps, which have no class token; pool them by own or mean")
         return state.float().flatten(2).mean(2)
-    return state.float().mean(1) if pool == "mean" else state[:, 0].float()
+    return state[:, 0].float() if pool == "cls" else state.float().mean(1)
 
 
 @torch.no_grad()
