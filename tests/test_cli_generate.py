@@ -8,6 +8,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.cli import main
+from lorakit.tasks import decode
 from tiny_chat import CHATML, chat_table, tiny_causal
 from tiny_text import table
 
@@ -71,6 +72,30 @@ def test_predict_writes_answers(place, capsys, tmp_path):
     assert told(capsys, *drawn) == told(capsys, *drawn)
     code, out, _ = told(capsys, "predict", place / "run", place / "data.jsonl", "--json")
     assert len(json.loads(out)) == 240
+
+
+def test_answers_are_in_the_file_as_they_are_written(place, capsys, tmp_path, monkeypatch):
+    out, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    words = ["predict", place / "run", place / "data.jsonl", "--max-new-tokens", "1", "--out", out]
+    inner, kept = decode._continue, []
+
+    def killed(*given):
+        kept.append(len(part.read_text().splitlines()))
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        return inner(*given)
+
+    monkeypatch.setattr(decode, "_SORTED", 16)
+    monkeypatch.setattr(decode, "_continue", killed)
+    code, _, err = told(capsys, *words)
+    assert (code, kept, out.exists()) == (130, [0, 16, 32], False)
+    assert f"note: the 32 answers before that are in '{part}'" in err
+    monkeypatch.setattr(decode, "_continue", inner)
+    assert told(capsys, *words)[0] == 2 and part.exists()
+    before = part.read_text()
+    part.unlink()
+    assert told(capsys, *words)[0] == 0 and not part.exists()
+    assert out.read_text().startswith(before) and len(out.read_text().splitlines()) == 240
 
 
 def test_evaluate_inspect_plan_and_merge(place, capsys, tmp_path):

@@ -13,6 +13,7 @@ import transformers as tf
 import lorakit as lk
 from lorakit.data import Dialogues, Splits, Turn, load_dialogues, load_rows, load_splits
 from lorakit.errors import DataError, LorakitError, UsageError
+from lorakit.tasks import decode
 from lorakit.tasks.answers import mean_interval
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.causal import has_plain_logits, own_logits
@@ -157,14 +158,29 @@ def test_together_with_others_a_text_is_continued_as_alone(name):
     model = causal(name)
     model.generation_config.repetition_penalty = 5.0  # a wish of the base that must not mix in
     questions = [[5, 7, 9], [11], [12, 13, 14, 15, 16, 17], [8] * 62]
-    found = continued(model, questions, ends=[3], most=5, max_length=64)
+    found = list(continued(model, questions, ends=[3], most=5, max_length=64))
     for question, (ids, stopped) in zip(questions, found):
         expected = list(question)
         with torch.no_grad():
             while len(expected) < min(len(question) + 5, 64) and expected[-1] != 3:
                 expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
         assert question + ids + [3] * stopped == expected
-    assert continued(model, [[8] * 64], ends=[3], most=5, max_length=64) == [([], False)]
+    assert list(continued(model, [[8] * 64], ends=[3], most=5, max_length=64)) == [([], False)]
+
+
+def test_answers_come_in_order_before_all_are_written_and_are_drawn_apart(monkeypatch):
+    model, told = causal("llama"), []
+    questions = [[5, 7, 9], [11], [12, 13], [5, 7, 9], [11], [12, 13]]
+    how = {"ends": [3], "most": 8, "max_length": 64, "watch": lambda *done: told.append(done)}
+    whole = list(continued(model, questions, **how))
+    monkeypatch.setattr(decode, "_SORTED", 3)
+    told.clear()
+    coming = continued(model, questions, **how)
+    assert (next(coming), told) == (whole[0], [(3, 6)])
+    assert [*coming] == whole[1:] and told == [(3, 6), (6, 6)]
+    first, second = (list(continued(model, questions, **how, temperature=4.0, seed=1)) for _ in range(2))
+    assert first == second and first[:3] != first[3:]
+    assert first[:3] == list(continued(model, questions[:3], **how, temperature=4.0, seed=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

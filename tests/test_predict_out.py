@@ -74,12 +74,25 @@ def test_a_file_that_is_there_is_left_as_it_is(place, tmp_path, capsys):
     assert out.read_text() == "dear"
 
 
-def test_a_row_that_cannot_be_answered_is_named_and_nothing_is_left(place, tmp_path, chunks, capsys):
+def test_a_row_that_cannot_be_answered_is_named_and_the_answers_before_it_are_kept(place, tmp_path, chunks, capsys):
     rows = (place / "rows.csv").read_text().splitlines()
     rows[120] = "word " * 5000 + "," + rows[120].split(",")[1]
     long = tmp_path / "long.csv"
     long.write_text("\n".join(rows) + "\n")
     out = tmp_path / "a.jsonl"
     assert main(["predict", str(place / "run"), str(long), "--out", str(out)]) == 1
-    assert "row 121" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [long], "no part of a file"
+    err, part = capsys.readouterr().err, tmp_path / "a.jsonl.part"
+    assert "row 121" in err and f"note: the 111 answers before that are in '{part}'" in err
+    assert set(tmp_path.iterdir()) == {long, part}, "nothing that looks whole"
+    assert [one["text"] for one in lines(part)] == list(TASKS["classify"].read(place / "rows.csv").texts[:111])
+    assert main(["predict", str(place / "run"), str(long), "--out", str(out), "--truncate"]) == 2
+    assert f"'{part}' has the answers of a call that did not end; name another file" in capsys.readouterr().err
+    part.unlink()
+    assert main(["predict", str(place / "run"), str(long), "--out", str(out), "--truncate"]) == 0
+    assert set(tmp_path.iterdir()) == {long, out} and len(lines(out)) == 150
+
+
+def test_before_the_first_answer_there_is_no_file(place, tmp_path, capsys):
+    assert main(["predict", str(place / "run"), "--say", "word " * 5000, "--out", str(tmp_path / "a.jsonl")]) == 1
+    assert "note:" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

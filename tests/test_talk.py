@@ -58,6 +58,18 @@ def test_what_was_said_before_is_remembered_until_it_is_forgotten(place):
         assert [turn.role for turn in talk.turns] == ["system"]
         with pytest.raises(UsageError, match="no adapter 'wel'; did you mean 'well'"):
             talk.use("wel")
+        with pytest.raises(UsageError, match="takes no option 'max_tokens'; did you mean 'max_new_tokens'"):
+            talk.say(ROWS[0][0], max_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["train", "type", "half", "v1.2"])
+def test_a_run_may_be_called_what_a_module_has_already(place, name):
+    base = load_base(str(place / "base"), head="causal")
+    with Talk({name: place / "well", "eval": place / "hardly"}, base) as talk:
+        found = talk.say(ROWS[0][0], max_new_tokens=4)
+        talk.use("eval")
+        assert (talk.names, talk.name) == ([name, "eval"], "eval")
+    assert found == lk.predict(place / "well", [ROWS[0][0]], base=base, max_new_tokens=4)[0].answer
 
 
 def test_the_earliest_turns_are_dropped_where_there_is_no_room_and_a_long_text_is_refused(place):

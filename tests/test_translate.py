@@ -13,6 +13,7 @@ import lorakit as lk
 from lorakit.cli import main
 from lorakit.data import Splits, Translations, load_splits, load_translations
 from lorakit.errors import DataError, LorakitError, UsageError
+from lorakit.fit.use import used
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.decode import rewritten
 from lorakit.tasks.overlap import overlap
@@ -301,6 +302,8 @@ def test_predict_writes_what_generate_does(place: Path, run: dict[str, Any], dat
         lk.predict(place / "run", ["a", " "])
     with pytest.raises(UsageError, match="takes no option 'beam'; did you mean 'beams'"):
         lk.predict(place / "run", texts, beam=2)
+    with pytest.raises(TypeError, match="beam"), used(place / "run", None) as (task, base, scores):
+        task.predict(task.asked(texts), base, scores, beam=2)
 
 
 def test_what_a_base_says_may_be_written_is_kept() -> None:

@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, strict reads. No pickle is ever opened.
 
 A write goes to a temporary file beside its target, is flushed to the disk and renamed over it; a crash leaves the old
-file or the new one. A directory of several files is written whole into a temporary directory and then changes places
+file or the new one. Lines that take long to come gather in a file of another name, where they can be read before it is
+whole. A directory of several files is written whole into a temporary directory and then changes places
 with the old one. Where the system cannot do that in one step it takes two renames; a kill just between them leaves the
 old directory beside its place, as `.name.old.*`.
 """
@@ -68,14 +69,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def part_of(path: Path) -> Path:
+    """Where `write_lines` gathers the lines of this file."""
+    return path.with_name(f"{path.name}.part")
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines of text as they come, as UTF-8; the file appears when the last one is there."""
+    """Writes lines of text as UTF-8, each when it comes, into `part_of(path)`, which gets its name when the last one is
+    there.
 
-    def put(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(f"{line}\n" for line in lines)
-
-    _write(path, put)
+    Of what ends before, the lines up to there stay in that file. LorakitError if it is there already.
+    """
+    part = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("x", encoding="utf-8", buffering=1) as stream:
+            try:
+                stream.writelines(f"{line}\n" for line in lines)
+                os.fsync(stream.fileno())
+            except BaseException:
+                if not stream.tell():
+                    part.unlink()
+                raise
+        os.replace(part, path)
+    except OSError as error:
+        raise LorakitError(f"cannot write '{part}': {error.strerror or error}") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -78,7 +78,7 @@ def _named(paths: list[str]) -> dict[str, str]:
     """A short name for each run."""
     found: dict[str, str] = {}
     for path in paths:
-        name = Path(path).name.replace(".", "_") or "run"
+        name = Path(path).name or "run"
         found[name if name not in found and name != "base" else f"{name}_{len(found) + 1}"] = path
     return found
 

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> Reply:
         raise UsageError("give either a file with texts or --say TEXT")
     if args.say2 and len(args.say2) != len(args.say):
         raise UsageError(f"{len(args.say)} --say and {len(args.say2)} --say2; a pair needs one of each")
-    if args.out and Path(args.out).exists():
-        raise UsageError(f"'{args.out}' is there already; name another file with --out, or remove it")
+    if args.out:
+        _refuse_there(Path(args.out))
     opened = open_run(args.run)
     task = opened[1]
     if args.say2 and "text2" not in task.columns:
@@ -69,38 +69,58 @@ def run(args: argparse.Namespace) -> Reply:
     found = _answers(opened, rows, options, bool(args.data))
     if args.out:
         return _written(args.out, found)
-    answers = [one for part in found for one in part]
+    answers = list(found)
     unfinished = _unfinished(answers)
     if unfinished:
         say(f"note: {unfinished} of {len(answers)} answers were cut at their bound; --max-new-tokens N moves it")
     return Reply(task.shown(answers), [asdict(one) for one in answers])
 
 
-def _answers(opened: Any, rows: Any, options: dict[str, Any], shows: bool) -> Iterator[list[Any]]:
-    """The answers, part by part."""
+def _refuse_there(place: Path) -> None:
+    """UsageError if the file is there, or what is left of it from a call that did not end."""
+    from lorakit.errors import UsageError
+    from lorakit.files import part_of
+
+    for file, what in ((place, "is there already"), (part_of(place), "has the answers of a call that did not end")):
+        if file.exists():
+            raise UsageError(f"'{file}' {what}; name another file with --out, or remove it")
+
+
+def _answers(opened: Any, rows: Any, options: dict[str, Any], shows: bool) -> Iterator[Any]:
+    """The answers, each as it comes."""
     from lorakit.fit.use import predictions
 
     tell = bar(len(rows), "row") if shows else None
-    done = 0
+    done = 0  # rows of the parts before
+
+    def parts() -> Iterator[Any]:
+        nonlocal done
+        for part in rows.chunks():
+            yield part
+            done += len(part)
+
     watch = None if tell is None else lambda now, _: tell(done + now, len(rows))
-    for answers in predictions(opened, rows.chunks(), watch=watch, **options):
-        done += len(answers)
-        yield answers
+    yield from predictions(opened, parts(), watch=watch, **options)
 
 
-def _written(place: str, found: Iterator[list[Any]]) -> Reply:
-    """Writes the answers, and tells how many."""
-    from lorakit.files import write_lines
+def _written(place: str, found: Iterator[Any]) -> Reply:
+    """Writes the answers, and tells how many; those before an error too, and where they are."""
+    from lorakit.files import part_of, write_lines
 
     counts = {"rows": 0, "unfinished": 0}
 
     def lines() -> Iterator[str]:
-        for answers in found:
-            counts["rows"] += len(answers)
-            counts["unfinished"] += _unfinished(answers)
-            yield from (json.dumps(asdict(one), ensure_ascii=False) for one in answers)
+        for one in found:
+            yield json.dumps(asdict(one), ensure_ascii=False)
+            counts["rows"] += 1
+            counts["unfinished"] += _unfinished([one])
 
-    write_lines(Path(place), lines())
+    try:
+        write_lines(Path(place), lines())
+    except BaseException:
+        if counts["rows"]:
+            say(f"note: the {counts['rows']:,} answers before that are in '{part_of(Path(place))}'")
+        raise
     if counts["unfinished"]:
         say(f"note: {counts['unfinished']} answers were cut at their bound; --max-new-tokens N moves it")
     return Reply(f"{counts['rows']:,} answers written to '{place}'", {"out": place, **counts})

@@ -9,7 +9,7 @@ from lorakit.attach import activate, attach, detach
 from lorakit.data.dialogues import Dialogues, Turn
 from lorakit.device import resolve_device
 from lorakit.errors import DataError, UsageError, nearest
-from lorakit.fit.use import Run, open_run
+from lorakit.fit.use import Run, open_run, refuse_unknown
 from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
@@ -51,7 +51,7 @@ class Talk:
         self.name = ""
 
     def __enter__(self) -> "Talk":
-        attached: list[str] = []
+        attached: dict[str, str] = {}  # run -> its adapter: not every name of a run can be one of a module
         there = ExitStack()
         there.enter_context(placed(self._base.model, self._where))
         there.enter_context(eval_mode(self._base.model))
@@ -59,11 +59,12 @@ class Talk:
             for name, (adapter, task) in self._runs.items():
                 task.prepare(self._base.model)
                 if adapter.layers or adapter.trained:  # a merged model has nothing to attach
-                    attach(self._base.model, adapter, name=name)
-                    attached.append(name)
+                    own = f"talk_{len(attached)}"
+                    attach(self._base.model, adapter, name=own)
+                    attached[name] = own
         except BaseException:
-            for name in attached:
-                detach(self._base.model, name)
+            for own in attached.values():
+                detach(self._base.model, own)
             there.close()
             raise
         self._attached, self._there = attached, there
@@ -71,8 +72,8 @@ class Talk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self._attached:
-            detach(self._base.model, name)
+        for own in self._attached.values():
+            detach(self._base.model, own)
         self._there.close()
 
     @property
@@ -85,7 +86,7 @@ class Talk:
         if name and name not in self._runs:
             raise UsageError(f"there is no adapter '{name}'{nearest(name, self._runs)}")
         if self._attached:
-            activate(self._base.model, [name] if name in self._attached else [])
+            activate(self._base.model, [self._attached[name]] if name in self._attached else [])
         self.name = name
 
     def forget(self) -> None:
@@ -99,12 +100,14 @@ class Talk:
         """
         task = self._runs[self.name or self._first][1]
         assert isinstance(task, Generate)
+        refuse_unknown(task, options, task.options)
         turns = self._fitting(task, Turn("user", text), options.get("max_new_tokens", task.max_length))
         rows = Dialogues((tuple(turns),), "the conversation", (1,))
         (found,) = task.predict(rows, self._base, no_scores, heard=heard, **options)
         self.n_dropped += len(self.turns) + 1 - len(turns)
-        self.turns = [*turns, Turn("assistant", found.answer)]
-        return found.answer
+        answer: str = found.answer
+        self.turns = [*turns, Turn("assistant", answer)]
+        return answer
 
     def _fitting(self, task: Generate, last: Turn, most: int) -> list[Turn]:
         """The conversation up to this turn, without the earliest turns where they would leave no room for `most` new

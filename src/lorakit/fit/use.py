@@ -125,7 +125,7 @@ def predict(
     rows = given if isinstance(given, Part) else opened[1].asked(given)
     if isinstance(rows, Streamed):
         rows = joined(list(rows.chunks()))
-    return next(predictions(opened, [rows], base=base, truncate=truncate, device=device, watch=watch, **options))
+    return list(predictions(opened, [rows], base=base, truncate=truncate, device=device, watch=watch, **options))
 
 
 def predictions(
@@ -137,15 +137,15 @@ def predictions(
     device: str = "auto",
     watch: Watch | None = None,
     **options: Any,
-) -> Iterator[list[Any]]:
-    """The answers to the rows of each part, one part after the other, as `predict` gives them; for rows that need not
-    all be in memory. `watch` counts within a part."""
+) -> Iterator[Any]:
+    """The answers to the rows of all parts, one part after the other, as `predict` gives them, each as it comes; for
+    rows that need not all be in memory. `watch` counts within a part."""
     opened = opened_run(run)
-    _refuse_unknown(opened[1], options, opened[1].options)
+    refuse_unknown(opened[1], options, opened[1].options)
     with used(opened, base, device, watch) as (task, own, scores):
         for rows in parts:
             task.refuse_other(rows)
-            yield task.predict(rows, own, scores, truncate=truncate, watch=watch, **options)
+            yield from task.answers(rows, own, scores, truncate=truncate, watch=watch, **options)
 
 
 def _refuse_single(task: Task, given: object) -> None:
@@ -157,7 +157,8 @@ def _refuse_single(task: Task, given: object) -> None:
         raise UsageError(f"{given!r:.60} stands alone, and predict takes a list; put it into one: [...]{way}")
 
 
-def _refuse_unknown(task: Task, options: Iterable[str], known: Sequence[str]) -> None:
+def refuse_unknown(task: Task, options: Iterable[str], known: Sequence[str]) -> None:
+    """UsageError for an option that is not among those that the task knows."""
     for name in options:
         if name not in known:
             raise UsageError(f"task '{task.name}' takes no option '{name}'{nearest(name, known)}")
@@ -181,7 +182,7 @@ def evaluate(
     Up to `skip_bad` rows that cannot be used are left out; `skipped` of the result says which.
     """
     opened = opened_run(run)
-    _refuse_unknown(opened[1], options, opened[1].asks)
+    refuse_unknown(opened[1], options, opened[1].asks)
     with skipping(skip_bad) as skipped:
         if not isinstance(rows, Part):
             with gathered():

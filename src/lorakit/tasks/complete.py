@@ -152,18 +152,16 @@ class Complete(CausalWriting):
         bits = float(scores[:, 0].double().sum()) / math.log(2)
         return {**super().metrics(scores, examples), "bits_per_byte": bits / n_bytes}
 
-    def predict(
+    def answers(
         self, rows: Documents, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
-    ) -> list[Continuation]:
-        """How each text goes on; `options` are those of `say`."""
+    ) -> Iterator[Continuation]:
+        """How each text goes on, as it comes; `options` are those of `say`."""
         template = Template(base.tokenizer, "")
         first = _first(template)
         questions = [(first, *ids) for _, _, ids in _tokens(rows, base.tokenizer)]
         asked, written = self.say(rows, questions, base, begin=first, ends=template.ends, truncate=truncate, **options)
-        return [
-            Continuation(text, _behind(base.tokenizer, question[1:], ids), stopped)
-            for text, question, (ids, stopped) in zip(rows.texts, asked, written)
-        ]
+        for text, question, (ids, stopped) in zip(rows.texts, asked, written):
+            yield Continuation(text, _behind(base.tokenizer, question[1:], ids), stopped)
 
     def shown(self, found: Sequence[Continuation]) -> str:
         """Texts with what follows."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lorakit.trunk import Segments
 from lorakit.trunk.blocks import stack_of
 
+Answers = Iterator[tuple[list[int], bool]]  # new tokens, and did they end by themselves? In order, as they come
+
 _TOGETHER = 16  # texts that are continued in one batch
+_SORTED = 8 * _TOGETHER  # texts of which those of like length come together: all of them are answered before the next
 
 
-@torch.no_grad()
 def continued(
     model: nn.Module,
     questions: Sequence[Sequence[int]],
@@ -28,27 +30,34 @@ def continued(
     seed: int = 0,
     heard: Callable[[int], object] | None = None,
     watch: Callable[[int, int], object] | None = None,
-) -> list[tuple[list[int], bool]]:
+) -> Answers:
     """New tokens after each question, without the one that ends them; and did one of `ends` end them?
 
     At most `most` tokens, and no more than `max_length` with the question. `temperature` 0 takes the most probable
     token, above 0 draws by `seed`. Questions are continued in batches of like length, padded on the left. `heard` is
     called with every new token of a single question, as it comes; `watch` with how many questions are done, of all.
     """
-    found: list[tuple[list[int], bool]] = [([], False)] * len(questions)
-    done = 0
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with _blank_wishes(model), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for part, n_new in _batches([len(question) for question in questions], most, max_length):
-            rows = _continue(model, [questions[i] for i in part], ends, n_new, temperature, heard)
-            for i, row in zip(part, rows):
-                stop = next((place for place, token in enumerate(row) if token in ends), None)
-                found[i] = (row[:stop], stop is not None)
-            done += len(part)
-            if watch is not None:
-                watch(done, len(questions))
-    return found
+    for begin in range(0, len(questions), _SORTED):
+        some = questions[begin : begin + _SORTED]
+        found: list[tuple[list[int], bool]] = [([], False)] * len(some)
+        done = begin
+        with torch.no_grad(), _blank_wishes(model), torch.random.fork_rng(devices):
+            torch.manual_seed(seed + begin)
+            for part, n_new in _batches([len(question) for question in some], most, max_length):
+                rows = _continue(model, [some[i] for i in part], ends, n_new, temperature, heard)
+                for i, row in zip(part, rows):
+                    found[i] = _ended(row, ends)
+                done += len(part)
+                if watch is not None:
+                    watch(done, len(questions))
+        yield from found
+
+
+def _ended(row: list[int], ends: Collection[int]) -> tuple[list[int], bool]:
+    """What stands before the first of `ends`; and is there one?"""
+    stop = next((place for place, token in enumerate(row) if token in ends), None)
+    return row[:stop], stop is not None
 
 
 def _batches(lengths: Sequence[int], most: int, max_length: int) -> Iterator[tuple[list[int], int]]:
@@ -129,7 +138,6 @@ class _Stream:
         pass
 
 
-@torch.no_grad()
 def rewritten(
     model: Any,
     sources: Sequence[Sequence[int]],
@@ -140,12 +148,12 @@ def rewritten(
     most: int,
     beams: int = 1,
     watch: Callable[[int, int], object] | None = None,
-) -> list[tuple[list[int], bool]]:
+) -> Answers:
     """What an encoder-decoder makes of each source, without the token that ends it; and did one of `ends` end it?
 
     At most `most` tokens. One beam takes the most probable token each time; more search. `watch` is called with how
-    many sources are done, of all. Of the base's own wishes those
-    are kept that say what may be written (the language that it must begin with, tokens that never stand in a text).
+    many sources are done, of all. Of the base's own wishes those are kept that say what may be written (the language
+    that it must begin with, tokens that never stand in a text).
     """
     from transformers import GenerationConfig
 
@@ -155,20 +163,21 @@ def rewritten(
     deep = len(stack_of(model.get_decoder())) > model.config.num_hidden_layers  # Transformers' cache has not so many
     config = GenerationConfig(max_new_tokens=most, num_beams=beams, use_cache=not deep, **marks, **kept)
     device = next(model.parameters()).device
-    found: list[tuple[list[int], bool]] = [([], False)] * len(sources)
-    order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), i))
-    with _blank_wishes(model):
-        for begin in range(0, len(order), _TOGETHER):
-            part = order[begin : begin + _TOGETHER]
-            flat = torch.tensor([token for i in part for token in sources[i]])
-            ids, mask = (x.to(device) for x in Segments.of([len(sources[i]) for i in part]).padded(flat, pad))
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for i, row in zip(part, out[:, 1:].tolist()):
-                stop = next((place for place, token in enumerate(row) if token in ends), None)
-                found[i] = (row[:stop], stop is not None)
-            if watch is not None:
-                watch(begin + len(part), len(order))
-    return found
+    for begin in range(0, len(sources), _SORTED):
+        some = sources[begin : begin + _SORTED]
+        found: list[tuple[list[int], bool]] = [([], False)] * len(some)
+        order = sorted(range(len(some)), key=lambda i: (len(some[i]), i))
+        with torch.no_grad(), _blank_wishes(model):
+            for first in range(0, len(order), _TOGETHER):
+                part = order[first : first + _TOGETHER]
+                flat = torch.tensor([token for i in part for token in some[i]])
+                ids, mask = (x.to(device) for x in Segments.of([len(some[i]) for i in part]).padded(flat, pad))
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+                for i, row in zip(part, out[:, 1:].tolist()):
+                    found[i] = _ended(row, ends)
+                if watch is not None:
+                    watch(begin + first + len(part), len(sources))
+        yield from found
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Only answers are learned (tasks/template.py says which tokens those are): the hi
 them is read, and its loss is that of the next token. There is no head of its own; the base's writes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -103,18 +103,16 @@ class Generate(CausalWriting):
         told = ((tokenizer.decode([ids[i] for i in places]), wanted) for wanted, places in pieces)
         return "".join(f"«{text}»" if wanted else str(text) for text, wanted in told)
 
-    def predict(
+    def answers(
         self, rows: Dialogues, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
-    ) -> list[Generation]:
-        """The answer to each dialogue; `options` are those of `say`."""
+    ) -> Iterator[Generation]:
+        """The answer to each dialogue, as it comes; `options` are those of `say`."""
         template = Template(base.tokenizer, self.template)
         begin, questions = base.tokenizer.bos_token_id, template.questions(rows)
         _, written = self.say(rows, questions, base, begin=begin, ends=template.ends, truncate=truncate, **options)
         decode = base.tokenizer.decode
-        return [
-            Generation(turns[-1].content, decode(ids, skip_special_tokens=True), stopped)
-            for turns, (ids, stopped) in zip(rows.turns, written)
-        ]
+        for turns, (ids, stopped) in zip(rows.turns, written):
+            yield Generation(turns[-1].content, decode(ids, skip_special_tokens=True), stopped)
 
     def shown(self, found: Sequence[Generation]) -> str:
         """The answer; of several each under its question."""

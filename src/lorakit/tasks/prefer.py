@@ -13,7 +13,7 @@ The base is its own reference: its probabilities are taken once, before the firs
 are written as `generate` writes them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,8 +218,8 @@ class Prefer(Task):
 
     def loss(self, model: nn.Module, hidden: Tensor, batch: PairBatch) -> Tensor:
         """Summed over pairs."""
-        assert batch.reads is not None and batch.reference is not None
-        counts = batch.segments.owners()[batch.reads.cpu()].bincount(minlength=len(batch.segments)).view(-1, 2)
+        assert batch.reference is not None
+        counts = torch.tensor(batch.n_reads).view(-1, 2)
         return self._judged(self.scores(model, hidden, batch), batch.reference, counts)[1].sum()
 
     def metrics(self, scores: Tensor, examples: Pairs) -> dict[str, float]:
@@ -242,11 +242,17 @@ class Prefer(Task):
         gaps = scores - reference.to(scores)
         return VARIANTS[self.variant](gaps, counts.to(scores), self.beta, self.label_smoothing)
 
+    def answers(
+        self, rows: Preferences, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
+    ) -> Iterator[Generation]:
+        """The answer to each dialogue, as `generate` writes it."""
+        return self.writer.answers(rows.asked(), base, scores, truncate=truncate, **options)
+
     def predict(
         self, rows: Preferences, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
     ) -> list[Generation]:
-        """The answer to each dialogue, as `generate` writes it."""
-        return self.writer.predict(rows.asked(), base, scores, truncate=truncate, **options)
+        """The same, all of them."""
+        return list(self.answers(rows, base, scores, truncate=truncate, **options))
 
     def shown(self, found: Sequence[Generation]) -> str:
         """The answer; of several each under its question."""

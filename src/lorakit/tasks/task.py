@@ -5,7 +5,7 @@ this room: a class with `@TASKS.add_class`, or one of another package under the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
 
@@ -177,6 +177,10 @@ class Task(ABC):
     @abstractmethod
     def predict(self, rows: Any, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> list[Any]:
         """An answer for every row, in order. `base` has the adapter attached."""
+
+    def answers(self, rows: Any, base: Base, scores: Scores, *, truncate: bool, **options: Any) -> Iterator[Any]:
+        """The same, each as it comes: one by one from a task that writes, else all at the end."""
+        yield from self.predict(rows, base, scores, truncate=truncate, **options)
 
     @abstractmethod
     def evaluate(self, rows: Any, base: Base, scores: Scores, *, truncate: bool) -> Evaluated:

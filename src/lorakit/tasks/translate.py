@@ -4,7 +4,7 @@ The encoder reads the source, the decoder writes the target. Its inputs are the 
 token of the target is learned from those before it. There is no head of its own; the base's writes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lorakit.data.translations import Translations, load_translations, make_tran
 from lorakit.errors import DataError, UsageError
 from lorakit.tasks.answers import Evaluation, few_short, no_scores, room_for, sums_of_texts, told_endings
 from lorakit.tasks.base import Base
-from lorakit.tasks.decode import rewritten
+from lorakit.tasks.decode import Answers, rewritten
 from lorakit.tasks.overlap import references
 from lorakit.tasks.seq2seq import each_loss, head_of, logit_scale, summed_loss
 from lorakit.tasks.task import TASKS, Scores, refuse_long
@@ -140,32 +140,32 @@ class Translate(Writing):
         each = each_loss(model, hidden, batch.labels, self.scale)
         return sums_of_texts(each, batch.segments.owners()[batch.reads.cpu()] // 2, len(batch.segments) // 2)
 
-    def predict(
+    def answers(
+        self, rows: Translations, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
+    ) -> Iterator[Translation]:
+        """What each text becomes, as it comes; `options` are those of `say`."""
+        written = self.say(self._sources(rows, base.tokenizer, truncate), base, **options)
+        decode = base.tokenizer.decode
+        for text, (ids, stopped) in zip(rows.texts, written):
+            yield Translation(text, decode(ids, skip_special_tokens=True).strip(), stopped)
+
+    def say(
         self,
-        rows: Translations,
+        sources: Sequence[Ids],
         base: Base,
-        scores: Scores,
         *,
-        truncate: bool = False,
         max_new_tokens: int = 256,
         beams: int = 1,
         watch: Callable[[int, int], object] | None = None,
-        **options: Any,
-    ) -> list[Translation]:
-        """What each text becomes. With several `beams` the best of what they find, else the most probable each time.
+    ) -> Answers:
+        """What these tokens become. With several `beams` the best of what they find, else the most probable each time.
         `watch` is called with how many are done, of all."""
         if max_new_tokens < 1 or beams < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens} and beams {beams}; both must be at least 1")
-        sources = self._sources(rows, base.tokenizer, truncate)
         pad, most = base.tokenizer.pad_token_id or 0, min(max_new_tokens, self.max_length)
-        written = rewritten(
+        return rewritten(
             base.model, sources, start=self.start, ends=self.ends, pad=pad, most=most, beams=beams, watch=watch
         )
-        decode = base.tokenizer.decode
-        return [
-            Translation(text, decode(ids, skip_special_tokens=True).strip(), stopped)
-            for text, (ids, stopped) in zip(rows.texts, written)
-        ]
 
     def shown(self, found: Sequence[Translation]) -> str:
         """What the text became; of several each under its text."""

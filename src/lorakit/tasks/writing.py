@@ -4,7 +4,8 @@ The loss of a token of what is written is their metric. A causal model reads the
 there is no head of its own, the base's writes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +16,9 @@ from lorakit.errors import UsageError
 from lorakit.tasks.answers import sums_of_texts, token_metrics
 from lorakit.tasks.base import Base
 from lorakit.tasks.causal import each_loss, head_of, summed_loss
-from lorakit.tasks.decode import Spoken, continued
-from lorakit.tasks.task import Task, refuse_long
+from lorakit.tasks.decode import Answers, Spoken, continued
+from lorakit.tasks.task import Scores, Task, refuse_long
 from lorakit.tasks.template import SHARE, Text, cut
-
-Written = list[tuple[list[int], bool]]  # new tokens, and whether they ended by themselves
 
 
 class Writing(Task):
@@ -35,6 +34,16 @@ class Writing(Task):
     def better(self, new: Mapping[str, float], old: Mapping[str, float] | None) -> bool:
         """A lower loss."""
         return old is None or new["loss"] < old["loss"]
+
+    @abstractmethod
+    def answers(
+        self, rows: Any, base: Base, scores: Scores, *, truncate: bool = False, **options: Any
+    ) -> Iterator[Any]:
+        """What is written for each row, as it comes; `options` are those of `say`."""
+
+    def predict(self, rows: Any, base: Base, scores: Scores, *, truncate: bool = False, **options: Any) -> list[Any]:
+        """What is written for each row; `options` are those of `say`."""
+        return list(self.answers(rows, base, scores, truncate=truncate, **options))
 
 
 class CausalWriting(Writing):
@@ -76,8 +85,7 @@ class CausalWriting(Writing):
         seed: int = 0,
         heard: Callable[[str], object] | None = None,
         watch: Callable[[int, int], object] | None = None,
-        **options: Any,
-    ) -> tuple[list[tuple[int, ...]], Written]:
+    ) -> tuple[list[tuple[int, ...]], Answers]:
         """What is asked, and what comes behind it: the most probable token each time, or one drawn if `temperature` is
         above 0.
 
