@@ -112,6 +112,9 @@ def test_passes_that_do_not_fit_are_refused(base, data, monkeypatch):
     monkeypatch.setattr(budget_module, "available_memory", lambda *_: needed - (1 << 20))
     with pytest.raises(FitError, match=r"passes of 512 tokens need \d+ MiB, and \d+ MiB are free; leave --tokens-per"):
         lk.fit(base, data, tokens_per_pass=512, **QUICK)
+    monkeypatch.setattr(budget_module.Budget, "tokens_per_pass", lambda _: 512)  # as settled when more was free
+    with pytest.raises(FitError, match=r"are free; lower them with --tokens-per-pass, or free memory"):
+        lk.fit(base, data, **QUICK)
 
 
 def test_a_text_that_does_not_fit_is_refused_before_anything_is_trained(base, data, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -307,10 +308,39 @@ def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(import_module("lorakit.fit.run"), "train", stop)
     code, _, err = told(capsys, *fit_words(place, tmp_path / "run"))
     assert code == 130
-    assert "interrupted; no checkpoint was written yet" in err
+    assert "interrupted; no checkpoint was written yet, --overwrite begins anew" in err
+    (tmp_path / "run" / "checkpoint").mkdir()
+    code, _, err = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite"))
+    assert (code, "interrupted; no checkpoint was written yet" in err) == (130, True)
+    (tmp_path / "run" / "checkpoint").mkdir()
+    with monkeypatch.context() as before:
+        before.setattr(import_module("lorakit.fit.run"), "Learner", stop)
+        code, _, err = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite"))
+    assert (code, "interrupted; it had not begun yet, give the same command again" in err) == (130, True)
+
+    def keep(*args):
+        (tmp_path / "run" / "checkpoint").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("lorakit.fit.run"), "train", keep)
+    code, _, err = told(capsys, *fit_words(place, tmp_path / "run", "--overwrite"))
+    assert code == 130
+    assert "the same command with --resume, and without --overwrite, goes on from its checkpoint" in err
     monkeypatch.setattr(import_module("lorakit.cli.doctor"), "run", stop)
     code, _, err = told(capsys, "doctor")
     assert (code, err) == (130, "lorakit: interrupted\n")
+
+
+def test_doctor_names_every_extra(capsys):
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    extras = {name: list(needs) for name, needs in project["optional-dependencies"].items() if needs}
+    wanted = re.search(r"\[(.*)\]", extras.pop("all")[0])[1].split(",")
+    found = json.loads(told(capsys, "doctor", "--json")[1])["extras"]
+    assert [*found] == [name for name in wanted if name in extras]
+    for name, libraries in found.items():
+        assert [*libraries] == [re.match(r"[\w-]+", need)[0] for need in extras[name]], name
+    out = told(capsys, "doctor")[1]
+    assert all(re.search(rf"^\[{name}\] +(missing )?[a-z-]+ ", out, re.M) for name in found)
 
 
 def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):

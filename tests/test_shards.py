@@ -134,6 +134,14 @@ def test_too_few_blocks_spare_nothing_which_is_told() -> None:
         assert all(f"of {n_blocks} blocks" in line and f"it takes {least} blocks or more" in line for line in found)
 
 
+def test_the_room_is_where_the_weights_are() -> None:
+    model = net().to("meta")
+    with Shards(model, list(model.blocks), Peers(2, 1, lambda *_: None)) as shards:
+        assert {weight.device.type for weight in model.parameters()} == {"meta"}
+        assert shards._room.device.type == "meta" and {own.device.type for own in shards._own} == {"meta"}
+    assert model(torch.empty(2, 80, dtype=torch.float64, device="meta")).shape == (2, 80)
+
+
 def test_after_an_error_the_weights_are_empty_and_nobody_is_waited_for() -> None:
     def work(peers: Peers) -> Net:
         model = net()

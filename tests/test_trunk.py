@@ -300,7 +300,7 @@ def test_images_of_one_size_are_segments_of_one_length(make: Callable[[], nn.Mod
     expected = gradients(model, (wanted * weights).sum())
     with Trunk(model) as trunk:
         assert not trunk.why_padded
-        states = trunk.images(pixels)
+        states = trunk.seen(pixels).last_hidden_state
         found = gradients(model, (states * weights).sum())
     assert torch.allclose(states, wanted, atol=1e-5 * float(wanted.detach().abs().max()))
     size = max(float(g.abs().max()) for g in expected.values())

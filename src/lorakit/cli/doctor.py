@@ -13,10 +13,15 @@ from typing import Any
 from lorakit._version import __version__
 from lorakit.cli import Reply
 
-_EXTRAS = {
+_EXTRAS = {  # those of pyproject.toml that are for users
     "text": ("transformers", "tqdm"),
     "data": ("pyarrow",),
+    "translate": ("sacrebleu", "rouge-score"),
+    "harness": ("lm-eval",),
+    "image": ("pillow",),
+    "digits": ("scikit-learn",),
     "report": ("matplotlib",),
+    "gpu": ("triton",),
 }
 
 
@@ -112,5 +117,5 @@ def _text(found: dict[str, Any]) -> str:
         have = ", ".join(f"{name} {number}" for name, number in libraries.items() if number)
         lack = [name for name, number in libraries.items() if not number]
         hint = f"missing {', '.join(lack)}: pip install 'lorakit[{extra}]'" if lack else ""
-        lines.append(f"{'[' + extra + ']':<10}  {'; '.join(part for part in (have, hint) if part)}")
+        lines.append(f"{'[' + extra + ']':<11} {'; '.join(part for part in (have, hint) if part)}")
     return "\n".join(lines)

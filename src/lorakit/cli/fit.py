@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.errors import StoppedError, UsageError
     from lorakit.fit.directory import claim
     from lorakit.fit.run import fit
-    from lorakit.fit.settings import make_settings
+    from lorakit.fit.settings import GO_ON, make_settings
     from lorakit.fit.workers import Workers
     from lorakit.plan import Plan
     from lorakit.tasks.task import TASKS
@@ -141,6 +141,7 @@ def run(args: argparse.Namespace) -> Reply:
         data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
         data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
         plan = Plan.load(args.plan) if args.plan else task.plan(base.model, **rules)
+        watch = _Watch(task)
         try:
             result = fit(
                 base,
@@ -151,17 +152,17 @@ def run(args: argparse.Namespace) -> Reply:
                 resume=args.resume,
                 overwrite=args.overwrite,
                 consume=True,
-                watch=_Watch(task),
+                watch=watch,
                 ready=partial(_tell, base.name),
                 **settings,
             )
         except KeyboardInterrupt:
-            kept = (out / "checkpoint").is_dir()
-            way = (
-                "the same command with --resume goes on from its checkpoint"
-                if kept
-                else "no checkpoint was written yet, --overwrite begins anew"
-            )
+            if not watch.began:  # a checkpoint that is there is that of the run before
+                way = "it had not begun yet, give the same command again"
+            elif (out / "checkpoint").is_dir():
+                way = f"{GO_ON} from its checkpoint"
+            else:
+                way = "no checkpoint was written yet, --overwrite begins anew"
             raise StoppedError(f"interrupted; {way} ('{out}')") from None
     if not speaks():
         return Reply("", {})
@@ -202,8 +203,10 @@ class _Watch:
         self.names = [task.metric, *(name for name in ("loss", task.drawn) if name != task.metric)][:2]
         self.move: Any = None
         self.note = ""
+        self.began = False
 
     def __call__(self, record: Any, total: int) -> None:
+        self.began = True
         if record.kind == "start":
             if record.values["seen"]:
                 say(f"the model sees: {_short(record.values['seen'])}")

@@ -89,6 +89,7 @@ class Budget:
 
     def __init__(self, learner: Learner, parts: Mapping[str, Examples]) -> None:
         self.device = learner.flat.values.device
+        self._given = learner.settings.tokens_per_pass > 0
         self.examples, self.padded = parts["train"], bool(learner.trunk.why_padded)
         self._steps = learner.batches(self.examples)
         self._others = [examples for name, examples in parts.items() if name != "train"]
@@ -148,10 +149,12 @@ class Budget:
         peak = self.peak(most)
         if peak - self.resident > self.free:
             needed, free = (f"{n_bytes / 2**20:,.0f} MiB" for n_bytes in (peak - self.resident, self.free))
-            raise FitError(
-                f"passes of {most:,} tokens need {needed}, and {free} are free; leave --tokens-per-pass open, lower "
-                "it, or free memory"
-            )
+            way = "shorten the longest texts (--truncate cuts to what the model takes)"
+            if self._given:
+                way = "leave --tokens-per-pass open, lower it"
+            elif most > max(self.examples.lengths):  # as it was settled when the run began
+                way = "lower them with --tokens-per-pass"
+            raise FitError(f"passes of {most:,} tokens need {needed}, and {free} are free; {way}, or free memory")
         if self.device.type == "cpu":
             learner.bound = Bound(peak, peak - self.resident)
         forget_peak(self.device)

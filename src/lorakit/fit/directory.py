@@ -16,6 +16,7 @@ from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
 from lorakit.fit.curve import draw_curve
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State
+from lorakit.fit.settings import GO_ON
 from lorakit.plan import Plan
 from lorakit.tasks.task import Task
 
@@ -135,7 +136,7 @@ class Journal:
     def _cannot_write(self, error: Exception) -> FitError:
         assert self._place is not None
         kept = (self._place / "checkpoint").is_dir()
-        way = "the same command with --resume goes on from its checkpoint" if kept else "begin again with --overwrite"
+        way = f"{GO_ON} from its checkpoint" if kept else "begin again with --overwrite"
         reason = getattr(error, "strerror", None) or error
         return FitError(f"cannot write into '{self._place}': {reason}; free some space, then {way}")
 

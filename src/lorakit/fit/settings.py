@@ -16,6 +16,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 TOKENS_PER_PASS = 4096  # where memory is not short; larger passes are not faster
 RATES = ("default", "auto")
 PREFIXES = ("auto", "memory", "file", "off")
+GO_ON = "the same command with --resume, and without --overwrite, goes on"  # where there is a checkpoint
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakit.device import CPU, backend
 from lorakit.errors import FitError, UsageError
+from lorakit.fit.settings import GO_ON
 
 _PATIENCE = timedelta(minutes=10)  # how long a process is waited for that neither ends nor answers
 
@@ -120,7 +121,7 @@ class Workers:
         except RuntimeError as error:  # also DistBackendError
             raise FitError(
                 f"process {self.number} of {self.size} has lost another one; the last checkpoint is whole, if there is "
-                "one, and the same command with --resume goes on from it"
+                f"one, and {GO_ON} from it"
             ) from error
 
 

@@ -1,9 +1,9 @@
 """Frozen blocks that several processes hold together: each a part of every weight, all of one block at a time.
 
-There is one room in memory for the weights of one block, and every block's parameters are windows into it. Before a
-block runs forward, and before gradients come back to it, all processes put their parts into the room; what autograd
-kept of a weight is the same window, and sees the same numbers again. Nothing else is moved: what is frozen has no
-gradient to add up.
+There is one room in memory, where the model is, for the weights of one block, and every block's parameters are windows
+into it. Before a block runs forward, and before gradients come back to it, all processes put their parts into the room;
+what autograd kept of a weight is the same window, and sees the same numbers again. Nothing else is moved: what is
+frozen has no gradient to add up.
 
 So all processes must run the same blocks in the same order: as many passes, whatever their texts.
 """
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lorakit.trunk.place import place_of
 
 _ALIGNED = 64  # bytes: where a weight may begin in the room
 
@@ -49,7 +51,7 @@ class Shards:
         own = [[p for p in block.parameters() if len(homes[id(p)]) == 1 and _divided(p)] for block in self.blocks]
         self._weights = own
         self._own: list[Tensor] = []
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._room = torch.empty(0, dtype=torch.uint8, device=place_of(model))
         self._inside = -1  # the block that is in the room
         self._handles: list[Any] = []
 
@@ -69,7 +71,7 @@ class Shards:
         size, number = self._peers.size, self._peers.number
         lengths = [sum(map(_bytes, weights)) for weights in self._weights]
         lengths = [length + -length % (size * _ALIGNED) for length in lengths]
-        self._room = torch.empty(max(lengths, default=0), dtype=torch.uint8)
+        self._room = self._room.new_empty(max(lengths, default=0))
         for weights, length in zip(self._weights, lengths):
             begin, part = 0, length // size
             for weight in weights:

@@ -149,11 +149,6 @@ class Trunk:
                 prefix.put(texts, call.seen.detach()[0])
         return state if reads is None else state[reads.to(state.device)]
 
-    def images(self, pixels: Tensor) -> Tensor:
-        """Last hidden states of images of one size, `pixels (b, channels, height, width)` -> `(b, patches, d)`."""
-        state = self.hidden(pixels, Segments.of([1] * len(pixels)))
-        return state.view(len(pixels), -1, state.shape[1])
-
     def seen(self, pixels: Tensor) -> Any:
         """What the model gives for images of one size, as it gives it: `pixels (b, channels, height, width)`."""
         return self._see(pixels, Segments.of([1] * len(pixels)))
