@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -192,6 +193,30 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
         pool = hidden[:, 0] if task.pool == "cls" else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         found = pool @ head["classifier.weight"].T + head["classifier.bias"]
     assert float((expected - found).abs().max()) < 1e-4  # fp32 sums in another order, through two layers
+
+
+def test_a_base_in_half_precision_is_merged_in_half_precision(place, capsys, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    AutoModel.from_pretrained(place / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    shutil.copy(place / "data.csv", tmp_path)
+    assert told(capsys, *fit_words(tmp_path, tmp_path / "run"))[0] == 0
+    assert told(capsys, "merge", tmp_path / "run", "--out", tmp_path / "m")[0] == 0
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "m"))
+    assert merged.keys() <= base.keys() and {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    for path, layer in lk.load(tmp_path / "run" / "adapter").layers.items():
+        a, b = (layer.factors[name].double() for name in "ab")
+        exact = base[f"{path}.weight"].double() + layer.scale * b @ a
+        error = (merged[f"{path}.weight"].double() - exact).abs()
+        assert bool((error <= 2**-8 * 1.0001 * exact.abs()).all()), "half of the last of eight digits"
+        assert not torch.equal(merged[f"{path}.weight"], base[f"{path}.weight"])
+    head = load_file(tmp_path / "m" / "lorakit_head.safetensors")
+    assert {tensor.dtype for tensor in head.values()} == {torch.float32}
+    code, out, err = told(capsys, "evaluate", tmp_path / "m", place / "data.csv", "--json")
+    assert (code, json.loads(out)["n_rows"]) == (0, 90), err
 
 
 def test_rules_that_no_model_could_have_are_refused_before_anything_is_read(capsys, tmp_path):

@@ -71,6 +71,24 @@ def test_forward_and_gradients_are_those_of_torch(case, threads, monkeypatch):
 
 
 @needs_bf16
+def test_few_tables_are_kept_those_that_were_asked_for_last(monkeypatch):
+    geometry, made = Geometry((1, 1), (1, 1), (1, 1)), []
+    inner = maps._made_table
+
+    def counted(*what):
+        made.append(what[2])
+        return inner(*what)
+
+    monkeypatch.setattr(maps, "_tables", {})
+    monkeypatch.setattr(maps, "_made_table", counted)
+    monkeypatch.setattr(maps, "_KEPT", 9 * (64 + 36 + 16))
+    for height in (4, 6, 8, 4, 2, 4, 8, 6):
+        found = maps._table(geometry, (3, 3), height, height)
+        assert found.shape == (height * height, 9)
+        assert sum(table.numel() for table in maps._tables.values()) <= maps._KEPT
+    assert made == [4, 6, 8, 2, 6]
+
+
 def test_only_what_is_wanted_is_made():
     geometry = Geometry((1, 1), (1, 1), (1, 1))
     x, a, b, dy = drawn(2, 32, 4, 4), drawn(8, 32, 3, 3), drawn(8, 32), drawn(2, 32, 4, 4)

@@ -1,7 +1,8 @@
-"""Write an adapter into its base: a plain Transformers directory, as fast as the base itself.
+"""Write an adapter into its base: a plain Transformers directory, as large and as fast as the base itself.
 
-A head that was trained with the adapter goes with it (lorakit_head.safetensors, and lorakit_task.json says what it is
-for), so that lorakit predict and evaluate take the merged directory like a run.
+The sums are formed in float32 and rounded once, to the precision that the base's files are in. A head that was trained
+with the adapter goes with it (lorakit_head.safetensors, and lorakit_task.json says what it is for), so that lorakit
+predict and evaluate take the merged directory like a run.
 
 example: lorakit merge runs/demo --out merged/demo
 """
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> Reply:
     merge(base.model)
     head = base.model.get_submodule(name).state_dict() if name else {}
     base.model._modules.pop(name, None)  # the plain model, as other programs know it
+    base.model.to(base.dtype)
     with replaced_directory(out) as work:
         base.model.save_pretrained(work)  # type: ignore[operator]
         base.tokenizer.save_pretrained(work)

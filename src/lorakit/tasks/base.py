@@ -38,7 +38,8 @@ class Base:
 
     For images the tokenizer is a Lens (data/pixels.py), or an image processor of Transformers. `pool`: how the vectors
     of a text's tokens become one. `template`: the chat template by which it wants to be asked; "" for ours
-    (tasks/template.py). `source_prefix`: what an encoder-decoder wants in front of every source.
+    (tasks/template.py). `source_prefix`: what an encoder-decoder wants in front of every source. `dtype`: that of its
+    files, in which a merged model is written; it is loaded in float32.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Base:
     max_length: int
     template: str = ""
     source_prefix: str = ""
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_length", min(self.max_length, _LONGEST))
@@ -126,7 +128,7 @@ def load_base(
         raise UsageError(f"unknown pooling '{chosen}'; use one of {', '.join(POOLS)}")
     longest = max_length or _longest(place, model, tokenizer)
     wishes = chosen_template(tokenizer, template), source_prefix
-    return Base(model.eval().to(where), tokenizer, known_as, chosen, longest, *wishes)
+    return Base(model.eval().to(where), tokenizer, known_as, chosen, longest, *wishes, config.dtype or torch.float32)
 
 
 def _load_vision(transformers: Any, place: str, name: str, pool: str | None, where: torch.device) -> Base:
@@ -134,6 +136,7 @@ def _load_vision(transformers: Any, place: str, name: str, pool: str | None, whe
     from lorakit.tasks.vision import prepared
 
     config = transformers.AutoConfig.from_pretrained(place)
+    dtype = config.dtype or torch.float32
     config = getattr(config, "vision_config", config)
     model = _load(transformers.AutoModel, place, name, strict=False, config=config)
     if getattr(model, "main_input_name", "") != "pixel_values":
@@ -144,7 +147,7 @@ def _load_vision(transformers: Any, place: str, name: str, pool: str | None, whe
     if any((Path(place) / file).is_file() for file in _PROCESSORS) or not os.path.isdir(place):
         processor = transformers.AutoImageProcessor.from_pretrained(place)
     model, lens, chosen = prepared(model, processor, pool)
-    return Base(model.eval().to(where), lens, name, chosen, 0)
+    return Base(model.eval().to(where), lens, name, chosen, 0, dtype=dtype)
 
 
 def _refuse_images(transformers: Any, config: Any, name: str) -> None:

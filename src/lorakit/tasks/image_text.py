@@ -60,7 +60,8 @@ def both(text: Base, image: Base) -> Base:
     """One base of two: one for texts, one for images."""
     model = TextImage(text.model, image.model)
     name, pool = (f"{getattr(text, key)}+{getattr(image, key)}" for key in ("name", "pool"))
-    return Base(model, Tools(text.tokenizer, image.tokenizer), name, pool, text.max_length)
+    dtype = torch.promote_types(text.dtype, image.dtype)
+    return Base(model, Tools(text.tokenizer, image.tokenizer), name, pool, text.max_length, dtype=dtype)
 
 
 def load_both(name: str) -> Base:

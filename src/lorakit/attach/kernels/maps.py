@@ -6,7 +6,7 @@ takes four, which for eight outputs cost as much as the layer itself. Else by to
 """
 
 import ctypes
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.native import library
-from lorakit.attach.kernels.thin import RANK, WIDEST, WIDTH, Into
+from lorakit.attach.kernels.thin import RANK, WIDEST, WIDTH, Into, check
 
-_LARGEST = 1 << 22  # places of a table
+_LARGEST = 1 << 22  # places of a table: 16 MiB
+_KEPT = 4 * _LARGEST  # of all tables that are kept
+_tables: dict[Any, Tensor] = {}  # the last one that was asked for stands last
 
 
 class Geometry(NamedTuple):
@@ -69,8 +71,16 @@ def _functions() -> tuple[Any, Any] | None:
     return None if native is None or not native.thin_known() else (native.maps_forward, native.maps_backward)
 
 
-@lru_cache(64)
-def _table(geometry: Geometry, kernel: tuple[int, ...], height: int, width: int) -> Tensor:
+def _table(*what: Any) -> Tensor:
+    """The same from those that are kept, as many as `_KEPT` places allow."""
+    found = _tables.pop(what, None)
+    _tables[what] = found = _made_table(*what) if found is None else found
+    while sum(table.numel() for table in _tables.values()) > _KEPT:
+        del _tables[next(iter(_tables))]
+    return found
+
+
+def _made_table(geometry: Geometry, kernel: tuple[int, ...], height: int, width: int) -> Tensor:
     """`(places of the output, places of the kernel)`: which place of the input is read; -1 is outside."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
     stride, padding, dilation = geometry
@@ -116,11 +126,6 @@ def _call(
     return _Call(**places_of, **numbers), [*tensors.values()]
 
 
-def _check(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory for the factors of a convolution")
-
-
 def add_conv_pair(geometry: Geometry, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`y += b (a * x)` in place; returns `s = a * x` as `(places of all maps, r)`.
 
@@ -132,7 +137,7 @@ def add_conv_pair(geometry: Geometry, x: Tensor, y: Tensor, a: Tensor, b: Tensor
         return s
     s = x.new_empty(len(y) * y.shape[2] * y.shape[3], len(a))
     call, _alive = _call(geometry, x, y, a, b, s)
-    _check(_functions()[0](ctypes.byref(call)))  # type: ignore[index]
+    check(_functions()[0](ctypes.byref(call)))  # type: ignore[index]
     return s
 
 
@@ -158,7 +163,7 @@ def conv_pair_gradients(
         call, _alive = _call(
             geometry, x, dy, a, b, s, joined=joined, da=da, db=db, gain=gain, rank=rank, scale=float(scale)
         )
-        _check(_functions()[1](ctypes.byref(call)))  # type: ignore[index]
+        check(_functions()[1](ctypes.byref(call)))  # type: ignore[index]
         return maps_of(joined, *size)
     rows = rows_of(dy)
     ds = rows @ b.T

@@ -67,7 +67,8 @@ def _parts(b: Sequence[Tensor], ys: Sequence[Tensor], into: Sequence[Into], scal
     return (_Part * len(entries))(*entries)
 
 
-def _check(failed: int) -> None:
+def check(failed: int) -> None:
+    """MemoryError if one of our functions found none."""
     if failed:
         raise MemoryError("no memory for the factors of one group of layers")
 
@@ -85,7 +86,7 @@ def add_pairs(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -
     s = x.new_empty(x.shape[0], a.shape[0])
     parts = _parts(b, ys, ((None, None),) * len(ys), (1.0,) * len(ys))
     forward = _functions()[0]  # type: ignore[index]
-    _check(forward(parts, len(ys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *x.shape))
+    check(forward(parts, len(ys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *x.shape))
     return s
 
 
@@ -105,7 +106,7 @@ def pair_gradients(
         parts = _parts(b, dys, into, scales)
         target = (None, 0) if dx is None else (dx.data_ptr(), dx.stride(0))
         backward = _functions()[1]  # type: ignore[index]
-        _check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
+        check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
         return
     if has_triton(x.device):
         from lorakit.attach.kernels import triton_pairs

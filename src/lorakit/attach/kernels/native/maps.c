@@ -134,7 +134,7 @@ static void gather(const Maps *m, float *sum, Tile tile, uint16_t *work, const u
 
 /* a * x -> s; y += s b */
 int maps_forward(const Maps *m) {
-    int64_t threads = threads_for(m->n * m->places), r = m->r, o = m->o;
+    int64_t threads = threads_for(m->n * m->places, FEW), r = m->r, o = m->o;
     Division d = division(m, threads);
     uint16_t *b = room(r * o * 2), *none = room(m->i * 2);
     if (!b || !none) return free(b), free(none), 1;
@@ -155,7 +155,7 @@ int maps_forward(const Maps *m) {
 
 /* The gradients of a and b, added to what is there; dy and ds in `joined`. */
 int maps_backward(const Maps *m) {
-    int64_t threads = threads_for(m->n * m->places), r = m->r, o = m->o, i = m->i, wide = o + r;
+    int64_t threads = threads_for(m->n * m->places, FEW), r = m->r, o = m->o, i = m->i, wide = o + r;
     Division d = division(m, threads);
     int64_t size = r * o + r * i * m->kernel, most = d.images * (d.length + 1);
     int64_t small = ((most + 1) * (r > AT_ONCE ? r : AT_ONCE) + 31) / 32 * 32;

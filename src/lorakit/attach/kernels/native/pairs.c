@@ -6,10 +6,7 @@
  * exponential, and softmax is divided by its sum in the narrow results. Threads take rows, and add up in their order, so
  * that the result depends on their number only. */
 #include "lanes.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 #define BLOCK 16 /* rows of x whose scores are held */
 #define FEW 64   /* rows that are not worth a second thread */
@@ -108,20 +105,9 @@ static void block(const Pairs *p, int64_t first, int64_t m, float *sums, float *
     for (int64_t i = 0; i < m; i++) dbias[labels[i]] -= 1;
 }
 
-static int64_t me(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 /* 1 where there is no memory. */
 int pairs_loss(const Pairs *p) {
-    int64_t threads = 1, size = p->dbias ? p->c * (p->n_left + 1) : 0;
-#ifdef _OPENMP
-    if (p->b >= FEW) threads = omp_get_max_threads();
-#endif
+    int64_t threads = threads_for(p->b, FEW), size = p->dbias ? p->c * (p->n_left + 1) : 0;
     int64_t room = BLOCK * (p->c + p->d + p->n_left + p->n_right), each = size + room;
     float *all = aligned_alloc(64, (size_t)((threads * each * 4 + 63) / 64 * 64));
     if (!all) return 1;

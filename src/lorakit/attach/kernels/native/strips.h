@@ -4,10 +4,7 @@
 #define LORAKIT_STRIPS
 
 #include "lanes.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 #ifdef __AVX512BF16__
 #define AT_ONCE 8     /* ranks whose sums stay in registers */
@@ -156,22 +153,6 @@ static inline void deliver(const float *sum, int64_t o, int64_t rank, float *to,
                 place[4 * to_o] += (gain ? gain[column + 4] : 1.0f) * scale * from[AT_ONCE * LANES + lane];
             }
         }
-}
-
-static inline int64_t threads_for(int64_t n) {
-#ifdef _OPENMP
-    return n < FEW ? 1 : omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static inline int64_t me(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
 }
 
 static inline void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }

@@ -39,7 +39,7 @@ static int64_t widest(const Part *parts, int64_t n_parts, int64_t wide) {
 /* x (n, i), a (sum of r, i) -> s (n, sum of r); every y += s b. */
 int thin_forward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, uint16_t *s,
                  int64_t n, int64_t i) {
-    int64_t r = 0, size = 0, threads = threads_for(n), block = block_of(n, widest(parts, n_parts, i), threads);
+    int64_t r = 0, size = 0, threads = threads_for(n, FEW), block = block_of(n, widest(parts, n_parts, i), threads);
     for (int64_t p = 0; p < n_parts; p++) r += parts[p].r, size += parts[p].r * parts[p].o;
     uint16_t *b = room(size * 2), *next = b;
     if (!b) return 1;
@@ -64,7 +64,7 @@ int thin_forward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t 
 /* The gradients of every a and b, and of x, added to what is there; `dx` (n, i) may be null. */
 int thin_backward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, const uint16_t *s,
                   uint16_t *dx, int64_t dx_row, int64_t n, int64_t i) {
-    int64_t r = 0, size = 0, threads = threads_for(n), block = block_of(n, widest(parts, n_parts, i), threads);
+    int64_t r = 0, size = 0, threads = threads_for(n, FEW), block = block_of(n, widest(parts, n_parts, i), threads);
     for (int64_t p = 0; p < n_parts; p++) r += parts[p].r, size += parts[p].r * parts[p].o;
     size += r * i;
     int64_t thin = (block * r + (block + 1) * AT_ONCE + 31) / 32 * 32;
