@@ -43,6 +43,7 @@ class Job(NamedTuple):
     choices: Mapping[str, Any] = {}
     write: bool = False
     few: tuple[str, ...] = ()
+    seeds: int = 3
 
 
 def _minilm() -> Base:
@@ -59,7 +60,7 @@ def _restaurants() -> Splits[Any]:
 JOBS = {
     "tag": Job("tag", tag.splits, _minilm, ("f1",), 3, 32, 8, (2e-3, 4e-3), (1e-4, 3e-4)),
     "answer": Job("answer", answer.splits, _minilm, ("f1", "exact"), 10, 8, 8, (1e-3, 3e-3), (1e-4, 3e-4)),
-    "image": Job("image", digits.data, digits.vit, ("accuracy",), 30, 32, 1, (2e-3, 5e-3), (3e-4, 1e-3)),
+    "image": Job("image", digits.data, digits.vit, ("accuracy",), 30, 32, 1, (2e-3, 5e-3), (3e-4, 1e-3), seeds=6),
     "complete": Job(
         "complete", complete.splits, complete.stories_base, ("perplexity",), 4, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
         complete.CHOICES, few=("q", "o", "mlp"),
@@ -108,7 +109,10 @@ def compare(bench: Bench, name: str) -> None:
         tried = {rate: trained(job, side, rate, 0) for rate in (rates[:1] if bench.quick else rates)}
         best = best_of(tried, key=lambda rate: tried[rate].valid)
         bench.fact(f"{name}, {side}: learning rate of {', '.join(map(str, tried))}", best)
-        found[side] = [tried[best], *(trained(job, side, best, seed) for seed in range(1, 1 if bench.quick else 3))]
+        found[side] = [
+            tried[best],
+            *(trained(job, side, best, seed) for seed in range(1, 1 if bench.quick else job.seeds)),
+        ]
         bench.fact(f"{name}, {side}: parameters that learn, per cent", round(found[side][0].share, 2))
         for metric in job.metrics:
             values = [run.metrics[metric] for run in found[side]]
