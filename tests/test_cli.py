@@ -266,7 +266,7 @@ BAD = [
     (["fit", "BASE", "DATA", "--out", "DATA/run"], 2, ["DATA/run"]),
     (["predict", "BASE", "--say", "hi"], 1, ["adapter_model.safetensors"]),
     (["predict", "RUN"], 2, ["--say"]),
-    (["evaluate", "RUN", "DATA", "--label", "text"], 1, ["not in the training data"]),
+    (["evaluate", "RUN", "DATA", "--label", "text"], 1, ["text and label are both 'text'"]),
     (["evaluate", "RUN", "DATA", "--limit", "3"], 2, ["--limit goes with --harness TASK"]),
     (["evaluate", "RUN", "DATA", "--harness-chat"], 2, ["--harness-chat goes with --harness TASK"]),
     (

@@ -109,7 +109,7 @@ ONE_COLUMN = [  # task, columns of a table, those that are named, what is said
     ("translate", "text,summary", {"source": "summary"}, "source and target are both 'summary'"),
     ("image", "image,label", {"label": "image"}, "image and label are both 'image'"),
     ("image_text", "image,text,label", {"label": "text"}, "text and label are both 'text'"),
-    ("image_text", "image,text,label", {"text": "image"}, "text and image are both 'image'"),
+    ("image_text", "image,text,label", {"text": "image"}, "image and text are both 'image'"),
 ]
 
 

@@ -15,7 +15,7 @@ from lorakit.data.memory import Memory
 from lorakit.data.pixels import PixelBatch, Pixels
 from lorakit.data.ragged import Ragged
 from lorakit.data.rows import Part, Rows
-from lorakit.data.sources import LABEL_NAMES, column_of, load_rows, text_column
+from lorakit.data.sources import LABEL_NAMES, apart, column_of, load_rows, text_column
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError, NoRowsError, listed
 
@@ -84,7 +84,8 @@ def load_captioned(
     name, columns = str(source), open_table(source)[0]
     of_image = column_of(name, columns, image, IMAGE_NAMES, "image")
     of_label = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
-    of_text = text_column(name, columns, text, ("image", of_image), ("label", of_label))
+    of_text = text_column(name, columns, text)
+    apart(name, ("image", of_image), ("text", of_text), ("label", of_label))
     texts = load_rows(source, text=of_text, label=of_label or None, labels=labels)
     images = load_images(source, image=of_image, labels=False)
     both = {*images.lines} & {*texts.lines}  # of each half other rows may have been left out

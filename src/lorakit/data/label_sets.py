@@ -23,7 +23,7 @@ from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Texts, at
-from lorakit.data.sources import LABEL_NAMES, column_of, read_texts, text_columns
+from lorakit.data.sources import LABEL_NAMES, apart, column_of, named, read_texts, text_columns
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError, listed, nearest
 
@@ -125,13 +125,13 @@ def load_label_sets(
     """
     name = str(source)
     columns, table = open_table(source)
+    places = text_columns(name, columns, text, text2)
     if not answers:
-        places = text_columns(name, columns, text, text2)
         texts, others, _, lines = read_texts(name, columns, table, places, None)
         return LabelSets(texts, None, name, lines, others)
     if labels is not None:
         flags = _flags(name, columns, labels, label, delimiter)
-        places = text_columns(name, columns, text, text2, *(("labels", flag) for flag in flags))
+        apart(name, *named(places), *(("labels", flag) for flag in flags))
         texts, others, found, lines = read_texts(name, columns, table, places, lambda row: _marked(row, flags))
         return LabelSets(texts, found, name, lines, others, flags)
     if label is None and not any(usual in (column.lower() for column in columns) for usual in LABELS_NAMES):
@@ -140,7 +140,7 @@ def load_label_sets(
             f"{', '.join(columns) or 'none'}: name one with --label COLUMN, or those of 0 and 1 with --labels A,B,C"
         )
     column = column_of(name, columns, label, LABELS_NAMES, "label")
-    places = text_columns(name, columns, text, text2, ("label", column))
+    apart(name, *named(places), ("label", column))
     rows = list(table)
     split = _splitter(name, column, rows, delimiter)
     texts, others, found, lines = read_texts(name, columns, iter(rows), places, lambda row: _held(row, column, split))

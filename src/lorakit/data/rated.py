@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Texts, at
-from lorakit.data.sources import column_of, read_texts, text_columns
+from lorakit.data.sources import apart, column_of, named, read_texts, text_columns
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError
 
@@ -73,12 +73,12 @@ def load_rated(
     """The rows of one file or table; `answers=False` reads no numbers. DataError names rows that cannot be used."""
     name = str(source)
     columns, table = open_table(source)
+    places = text_columns(name, columns, text, text2)
     if not answers:
-        places = text_columns(name, columns, text, text2)
         texts, others, _, lines = read_texts(name, columns, table, places, None)
         return Rated(texts, None, name, lines, others)
     column = column_of(name, columns, number, NUMBER_NAMES, "number")
-    places = text_columns(name, columns, text, text2, ("number", column))
+    apart(name, *named(places), ("number", column))
     texts, others, found, lines = read_texts(name, columns, table, places, lambda row: _number(row, column))
     return Rated(texts, found, name, lines, others)
 

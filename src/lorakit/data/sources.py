@@ -91,8 +91,9 @@ def load_rows(
     """The rows of one file or table, single texts or pairs of them (`text_columns`); `labels=False` reads no labels."""
     name = str(source)
     columns, table = open_table(source)
+    places = text_columns(name, columns, text, text2)
     column = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
-    places = text_columns(name, columns, text, text2, ("label", column))
+    apart(name, *named(places), ("label", column))
     learned = partial(label_in, column=column) if column else None
     texts, others, found, lines = read_texts(name, columns, table, places, learned)
     return Rows(texts, found, name, lines, others)
@@ -121,13 +122,10 @@ def read_texts(
     return texts, others if second else None, tuple(goal for (goal,) in goals) if learned else None, tuple(lines)
 
 
-def text_columns(
-    source: str, columns: list[str], text: str | None, text2: str | None, *learned: tuple[str, str]
-) -> tuple[str, str]:
+def text_columns(source: str, columns: list[str], text: str | None, text2: str | None) -> tuple[str, str]:
     """The column of the texts, and that of the second texts: "" where the rows are single texts.
 
     Pairs are found by the names in `PAIRS`, if there is no other text beside them; or `text2` names the second column.
-    `learned` are what is learned of a text, and the columns with it, which must be others (`apart`).
     """
     if text is None and text2 is None:
         lower = {column.lower(): column for column in columns}
@@ -141,18 +139,22 @@ def text_columns(
                     f"'{source}' has the pair of columns '{pairs[0][0]}' and '{pairs[0][1]}', and '{more[0]}' too; "
                     "name one with --text COLUMN, or two with --text COLUMN and --text2 COLUMN"
                 )
-            apart(source, *zip(("text", "text2"), pairs[0]), *learned)
             return pairs[0]
     second = column_of(source, columns, text2, (), "text2", needed=False)
     rest = columns if text is not None else [column for column in columns if column != second]
     first = column_of(source, rest, text, TEXT_NAMES, "text")
-    apart(source, ("text", first), ("text2", second), *learned)
+    apart(source, *named((first, second)))
     return first, second
 
 
-def text_column(source: str, columns: list[str], text: str | None, *learned: tuple[str, str], way: str = "") -> str:
+def named(places: tuple[str, str]) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The columns of texts with their nouns, for `apart`."""
+    return ("text", places[0]), ("text2", places[1])
+
+
+def text_column(source: str, columns: list[str], text: str | None, way: str = "") -> str:
     """The column of the texts, for who takes single ones. DataError where rows are pairs; `way` is one more way out."""
-    first, second = text_columns(source, columns, text, None, *learned)
+    first, second = text_columns(source, columns, text, None)
     if second:
         raise DataError(
             f"'{source}' has pairs of texts, in '{first}' and '{second}', and here each row is one text; name its "
@@ -181,13 +183,13 @@ def column_of(
     )
 
 
-def apart(source: str, *named: tuple[str, str | None]) -> None:
+def apart(source: str, *pairs: tuple[str, str | None]) -> None:
     """DataError if two of these, each a noun and its column (none, if it has none), are one column.
 
     Whoever is shown what is to be learned learns nothing, and reports that all of it is right.
     """
     nouns: dict[str, str] = {}
-    for noun, column in named:
+    for noun, column in pairs:
         if column and (other := nouns.setdefault(column, noun)) != noun:
             raise DataError(
                 f"'{source}': {other} and {noun} are both '{column}'; give each a column of its own, with "
