@@ -96,7 +96,7 @@ def trained(job: Job, side: str, rate: float, seed: int) -> Run:
     if job.write:
         opened = found.adapter, task_of(found.adapter.meta["task"])
         metrics = lk.evaluate(opened, data.test, base=base, write=True).metrics
-    share = 100 * found.summary["adapter_parameters"] / found.summary["base_parameters"]
+    share = 100 * found.summary["learned_parameters"] / found.summary["base_parameters"]
     return Run(metrics, found.summary["best_valid"][job.metrics[0]], share)
 
 
@@ -114,7 +114,7 @@ def compare(bench: Bench, name: str) -> None:
             tried[best],
             *(trained(job, side, best, seed) for seed in range(1, 1 if bench.quick else job.seeds)),
         ]
-        if side != FULL:  # of tied weights an adapter has both ends: they would count twice
+        if side != FULL:
             bench.fact(f"{name}, {side}: parameters that learn, per cent", round(found[side][0].share, 2))
         for metric in job.metrics:
             values = [run.metrics[metric] for run in found[side]]

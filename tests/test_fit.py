@@ -268,6 +268,7 @@ def test_rows_can_come_from_parquet(place, base):
     pyarrow.parquet.write_table(pyarrow.table({"text": rows.texts, "label": rows.labels}), place / "data.parquet")
     result = lk.fit(base, place / "data.parquet", **{**QUICK, "epochs": 1})
     assert result.summary["rows"]["train"] == 144
+    assert result.summary["learned_parameters"] == result.adapter.n_parameters
 
 
 @pytest.mark.slow

@@ -274,6 +274,9 @@ def test_both_texts_of_a_pair_are_cut_alike(data):
         task.examples(rows, base.tokenizer, truncate=False)
     first, second = task.examples(rows, base.tokenizer, truncate=True).ids
     assert len(second) == 8
+    unknown = replace(rows, chosen=("weather zzz",), rejected=("weather yyy",))
+    with pytest.raises(DataError, match="'here': row 7: both answers are the same tokens to this base"):
+        task.examples(unknown, base.tokenizer, truncate=True)
     assert first[:2] == second[:2]
     long = replace(task, max_length=64).examples(rows, base.tokenizer, truncate=False)
     assert first[2:] == long.ids[0][-4:]  # the short answer is whole, its end too

@@ -165,7 +165,7 @@ def fit(
         adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
     spent = time.perf_counter() - began + journal.seconds_before
     summary = {
-        **about(base, goal, adapter, data),
+        **about(base, goal, adapter, data, learner.flat.values.numel()),
         **course(state, journal.records, spent, n_steps),
         "before": before,
         "test": metrics,

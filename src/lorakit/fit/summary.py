@@ -55,11 +55,12 @@ def notes(
     return found
 
 
-def about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any]) -> dict[str, Any]:
-    """What was trained, on what, with what."""
+def about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any], learned: int) -> dict[str, Any]:
+    """What was trained, on what, with what. `learned` numbers did; of tied weights an adapter has both ends."""
     return {
         "base": base.name,
         "base_parameters": sum(p.numel() for p in base.model.parameters()),
+        "learned_parameters": learned,
         "adapter_parameters": adapter.n_parameters,
         "adapter_bytes": adapter.n_bytes,
         "rows": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lorakit.attach import disabled
 from lorakit.data.batches import TextBatch, Tokens
 from lorakit.data.dialogues import make_dialogues
+from lorakit.data.faults import refuse_rows
 from lorakit.data.preferences import Preferences, load_preferences
 from lorakit.data.rows import Splits
 from lorakit.errors import DataError, UsageError, listed
@@ -179,7 +180,8 @@ class Prefer(Task):
         """Token ids of both texts of each row; of the last answer's tokens the id, and the place before it.
 
         `truncate` cuts the beginning of what was asked, alike in both texts, and the end of an answer that alone fills
-        more than three quarters of the longest text. DataError where an answer is not known, or a text is too long.
+        more than three quarters of the longest text. DataError where an answer is not known, a text is too long, or
+        both are the same tokens.
         """
         if rows.chosen is None or rows.rejected is None:
             raise DataError(f"'{rows.source}' has no chosen and rejected answers to compare")
@@ -191,6 +193,8 @@ class Prefer(Task):
             bos = tokenizer.bos_token_id
             texts = [text for pair in zip(*both) for text in _cut(pair, self.max_length, bos)]
         refuse_long(rows, lines, [text.ids for text in texts], self.max_length)
+        alike = [line for line, one, other in zip(rows.lines, texts[::2], texts[1::2]) if one.ids == other.ids]
+        refuse_rows(rows.source, ((line, "both answers are the same tokens to this base") for line in alike))
         learned = [[place for place in text.learned if place >= text.answer] for text in texts]
         return Pairs(
             ids=tuple(text.ids for text in texts),
