@@ -56,7 +56,9 @@ def test_every_form_gives_the_same_images(tmp_path):
     assert torch.equal(read(rows), wanted[order])
     assert rows.names[0] == "flat/000.png"
     assert load_images(place, labels=False).labels is None
-    assert torch.equal(read(make_images([*pixels[:2], blobs[2], Image.fromarray(pixels[3])])), wanted[:4])
+    assert torch.equal(
+        read(make_images([*pixels[:1], pixels[1] / 255, blobs[2], Image.fromarray(pixels[3])])), wanted[:4]
+    )
 
 
 def test_rows_in_memory_have_paths_bytes_and_pictures(tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_rows_in_memory_have_paths_bytes_and_pictures(tmp_path, monkeypatch):
     assert list(found.labels) == labels
     assert torch.equal(read(found), torch.from_numpy(pixels).permute(0, 3, 1, 2))
     with pytest.raises(DataError, match=r"row 1: column 'image' is float64 4 x 4; give a path.*\n.*row 2: .*is empty"):
-        load_images(in_memory([{"image": np.zeros((4, 4)), "label": "a"}, {"image": None, "label": "a"}]))
+        load_images(in_memory([{"image": np.full((4, 4), 2.0), "label": "a"}, {"image": None, "label": "a"}]))
 
 
 def test_parts_that_are_there_are_used(tmp_path):
@@ -279,7 +281,7 @@ def test_all_damaged_images_are_named_before_training(tmp_path):
 
 def test_python_values_that_are_no_images_are_refused():
     with pytest.raises(DataError, match=r"image 2 is float64 4 x 4; give a path"):
-        make_images([np.zeros((4, 4), np.uint8), np.zeros((4, 4))])
+        make_images([np.zeros((4, 4), np.uint8), np.full((4, 4), 2.0)])
     with pytest.raises(DataError, match="there is no image 'nowhere.png'"):
         make_images(["nowhere.png"])
 

@@ -304,6 +304,8 @@ def test_who_is_not_known_gets_the_popular_items_and_is_told(second, run):
     assert [counts[item] for item in found[0].items] == list(found[0].scores)
     with pytest.raises(UsageError, match="k is 0"):
         lk.predict(run, ["u1"], k=0)
+    with pytest.raises(DataError, match="user 2 is empty"):
+        lk.predict(run, ["u1", " "])
 
 
 def test_evaluate_gives_what_the_fit_gave_with_an_interval(second, run):

@@ -141,7 +141,7 @@ def test_a_fitted_pair_model_predicts_evaluates_and_says_what_it_wants(place, ru
     assert (found[0].text, found[0].text2) == (rows.texts[0], rows.others[0])
     for given, words in (
         ([None], r"row 1 is None; it must be a text"),
-        (["i like rain"], "'texts' has single texts, and pairs of texts were learned; give a second one to each"),
+        (["i like rain"], "'texts' has single texts, and pairs of texts were learned; give each a second one"),
         ([("a", "b"), "c"], r"row 2 is 'c'; it must be a pair of texts"),
         ([("a", "b", "c")], "it must be a pair of texts"),
         ([("a", " ")], "a text of row 1 is empty"),
@@ -178,7 +178,7 @@ def test_a_model_of_single_texts_refuses_pairs(place, base):
     result = lk.fit(base, data, **{**QUICK, "epochs": 1})
     task = Classify.from_note(result.adapter.meta["task"])
     assert not task.pairs
-    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; leave --say2 out"):
+    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; give each text alone"):
         lk.predict((result.adapter, task), [("a", "b")], base=base)
 
 

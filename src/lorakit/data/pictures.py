@@ -85,7 +85,7 @@ def from_cell(value: Any, folder: Path) -> Picture:
 
 
 def from_python(one: Any, name: str) -> Picture:
-    """A path, the bytes of a file, uint8 pixels, or an image of Pillow. DataError names it."""
+    """A path, the bytes of a file, pixels, or an image of Pillow. DataError names it."""
     if isinstance(one, bytes):
         return one
     if isinstance(one, str | Path):
@@ -101,9 +101,11 @@ def from_python(one: Any, name: str) -> Picture:
 def _pixels(one: Any) -> NDArray[np.uint8]:
     """Of an image of Pillow, an array or a tensor. DataError continues its name."""
     array = np.asarray(_plain(one) if hasattr(one, "getbands") else one)
+    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
+        array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise DataError(
             f"is {array.dtype} {' x '.join(map(str, array.shape))}; give a path, the bytes of a file, a Pillow image, "
-            "or uint8 pixels (height, width) or (height, width, channels)"
+            "or pixels (height, width) or (height, width, channels), uint8 or floats from 0 to 1"
         )
     return array

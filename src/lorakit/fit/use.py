@@ -153,7 +153,8 @@ def _refuse_single(task: Task, given: object) -> None:
     if isinstance(given, str | bytes | PathLike | Mapping):
         way = ""
         if isinstance(given, str | PathLike) and os.path.isfile(given):
-            way = f", or the rows of a table: TASKS['{task.name}'].read({str(given)!r:.60}, answers=False)"
+            read = f"lorakit.tasks.task.TASKS['{task.name}'].read"
+            way = f", or the rows of a table: {read}({str(given)!r:.60}, answers=False)"
         raise UsageError(f"{given!r:.60} stands alone, and predict takes a list; put it into one: [...]{way}")
 
 

@@ -61,7 +61,7 @@ class Pooled(Task):
             if not self.pairs:
                 want, way = "single texts", "name the column of the texts with --text alone"
             if rows.source == GIVEN:
-                way = "give a second one to each with --say2" if self.pairs else "leave --say2 out"
+                way = "give each a second one (--say2)" if self.pairs else "give each text alone (no --say2)"
             raise DataError(f"'{rows.source}' has {rows.kind}, and {want} were learned; {way}")
         texts: list[list[str]] = [list(rows.texts)]
         if rows.others is not None:

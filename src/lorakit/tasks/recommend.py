@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions, load_interactions
 from lorakit.data.pairs import PairBatch, Pairs, Seen
@@ -108,8 +109,9 @@ class Recommend(Task):
 
     @classmethod
     def asked(cls, given: Sequence[str]) -> Interactions:
-        """Users."""
-        return Interactions(tuple(map(str, given)), None, None, "users", tuple(range(1, len(given) + 1)))
+        """Users. DataError for one without a name."""
+        users = tuple(text_of(str(one), f"user {n}").strip() for n, one in enumerate(given, 1))
+        return Interactions(users, None, None, "users", tuple(range(1, len(given) + 1)))
 
     @classmethod
     def base_for(cls, name: str, data: Splits[Any] | None, **wishes: Any) -> Base:
