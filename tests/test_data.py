@@ -175,6 +175,13 @@ def test_a_single_class_is_refused():
         Splits(one, one, one).checked()
 
 
+def test_labels_in_a_list_are_not_one_class(tmp_path):
+    path = put(tmp_path / "a.csv", 'text,labels,label\nx,"[\'a\', \'b\']",[a]\n')
+    with pytest.raises(DataError, match=r"row 2: column 'labels' is \['a', 'b'\], a list, .* with --task labels"):
+        load_rows(path, label="labels")
+    assert load_rows(path).labels == ("[a]",)  # a name, where the column does not say otherwise
+
+
 def test_a_label_unseen_in_training_is_named_with_its_row():
     train, valid = rows_of([("a", "x"), ("b", "y")]), rows_of([("c", "x"), ("d", "z")], "v.csv")
     with pytest.raises(DataError, match=r"'v.csv' row 3: label 'z'"):

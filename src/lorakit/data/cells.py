@@ -5,6 +5,8 @@ from typing import Any
 
 from lorakit.errors import DataError
 
+SET_NAMES = ("labels", "tags", "categories", "topics", "genres", "emotions", "classes", "intents")  # of several labels
+
 
 def any_text(value: Any, place: str) -> str:
     """The value as it is, if it is a text, perhaps an empty one. DataError that begins with the place."""
@@ -32,7 +34,24 @@ def text_in(row: Mapping[str, Any], column: str) -> str:
     return text_of(row.get(column), f"column '{column}'")
 
 
-def label_in(row: Mapping[str, Any], column: str) -> str:
-    """The label in this column, a text or a number, as a text without white space around it."""
+def name_in(row: Mapping[str, Any], column: str) -> str:
+    """The name in this column, a text or a number, as a text without white space around it."""
     value = row.get(column)
+    if isinstance(value, list | tuple | Mapping):
+        raise DataError(f"column '{column}' is {value!r:.40}; it must be a text or a number")
     return text_of(None if value is None else str(value), f"column '{column}'").strip()
+
+
+def label_in(row: Mapping[str, Any], column: str) -> str:
+    """The one label in this column, as `name_in`. DataError for a list, also one that is written as a text where the
+    column is called as those of several labels are."""
+    value = row.get(column)
+    if isinstance(value, list | tuple) or (column.lower() in SET_NAMES and isinstance(value, str) and is_list(value)):
+        way = "texts with several labels are learned with --task labels"
+        raise DataError(f"column '{column}' is {str(value)[:40]}, a list, and one label is wanted; {way}")
+    return name_in(row, column)
+
+
+def is_list(value: str) -> bool:
+    """Is it written as JSON and Python write lists?"""
+    return value.strip().startswith("[") and value.strip().endswith("]")

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.cells import label_in
+from lorakit.data.cells import name_in
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.rows import Part, at
 from lorakit.data.sources import apart, column_of
@@ -27,7 +27,8 @@ USER_NAMES = ("user", "user_id", "userid", "uid", "customer", "customer_id", "re
 ITEM_NAMES = ("item", "item_id", "itemid", "iid", "movieid", "movie_id", "product", "product_id", "productid", "asin")
 TIME_NAMES = ("time", "timestamp", "date", "datetime", "ts", "unixreviewtime")
 RATING_NAMES = ("rating", "stars", "score", "overall")
-_RATING = re.compile(r"\s*(.*?)\s*>=\s*(-?\d+(?:\.\d+)?)\s*")
+_BOUND = re.compile(r"-?\d+(?:\.\d+)?")
+_RATING = re.compile(rf"\s*(.*?)\s*>=\s*({_BOUND.pattern})\s*")
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,11 @@ def _threshold(source: str, columns: list[str], rating: str) -> tuple[str, float
     """The rating's column, and the least that counts."""
     match = _RATING.fullmatch(rating)
     if match is None:
+        number = _BOUND.search(rating)
+        meant = f"{rating}>=4" if rating in columns else f">={number[0] if number else 4}"
         raise DataError(
             f"'{source}': the rating '{rating}' does not say from which value on an interaction counts; write "
-            f"'{rating}>=4', or leave it out and every row counts"
+            f"'{meant}', or leave it out and every row counts"
         )
     return column_of(source, columns, match[1] or None, RATING_NAMES, "rating"), float(match[2])
 
@@ -170,7 +173,7 @@ def _word(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
         row = {column: int(value)}
-    return label_in(row, column)
+    return name_in(row, column)
 
 
 def _number(value: Any) -> float | None:

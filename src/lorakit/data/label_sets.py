@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.cells import text_of
+from lorakit.data.cells import SET_NAMES, is_list, text_of
 from lorakit.data.faults import BadRow
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Texts, at
@@ -27,7 +27,7 @@ from lorakit.data.sources import LABEL_NAMES, apart, column_of, named, read_text
 from lorakit.data.tables import open_table
 from lorakit.errors import DataError, listed, nearest
 
-LABELS_NAMES = ("labels", "tags", "categories", "topics", "genres", "emotions", "classes", "intents", *LABEL_NAMES)
+LABELS_NAMES = (*SET_NAMES, *LABEL_NAMES)
 DELIMITERS = (";", "|", ",")
 _TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 _FEWEST = 3  # rows of a class, to be in training, validation and test rows
@@ -182,7 +182,7 @@ def _splitter(source: str, column: str, rows: Sequence[tuple[int, Any]], delimit
             raise DataError(f"'{source}': the delimiter is empty; give what stands between two labels")
         return lambda value: value.split(delimiter)
     values = [row.get(column) for _, row in rows]
-    texts = [value for value in values if isinstance(value, str) and not _is_list(value)]
+    texts = [value for value in values if isinstance(value, str) and not is_list(value)]
     counts = {mark: n for mark in DELIMITERS if (n := sum(mark in value for value in texts))}
     if len(counts) > 1:
         told = " and ".join(f"'{mark}' in {n}" for mark, n in counts.items())
@@ -193,13 +193,9 @@ def _splitter(source: str, column: str, rows: Sequence[tuple[int, Any]], delimit
     mark = next(iter(counts), None)
 
     def split(value: str) -> Any:
-        return _listed(value, column) if _is_list(value) else value.split(mark) if mark else [value]
+        return _listed(value, column) if is_list(value) else value.split(mark) if mark else [value]
 
     return split
-
-
-def _is_list(value: str) -> bool:
-    return value.strip().startswith("[") and value.strip().endswith("]")
 
 
 def _held(row: Mapping[str, Any], column: str, split: Callable[[str], Any]) -> Labels:

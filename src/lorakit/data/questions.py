@@ -166,6 +166,8 @@ def _of_squad(squad: Mapping[str, Any], source: str | Path | Memory, answers: bo
                         yield line, asked["question"], paragraph["context"], said
                     except (KeyError, TypeError, AttributeError) as error:
                         faults.append((line, f"this question {_unlike(error)}"))
+                    except DataError as error:
+                        faults.append((line, str(error)))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"'{source}': what stands after question {line} {_unlike(error)}") from None
 
@@ -190,6 +192,9 @@ def _of_table(source: str | Path | Memory, answers: bool, faults: Faults, **colu
             except (TypeError, AttributeError):
                 faults.append((line, f"column '{answer}' is {value!r:.60}; it must be an answer, or texts and starts"))
                 continue
+            except DataError as error:
+                faults.append((line, str(error)))
+                continue
         yield line, row.get(asked), row.get(context), said
 
 
@@ -204,11 +209,13 @@ def _written(value: Any, start: Any) -> list[tuple[Any, Any]]:
 
 
 def _pairs(value: Any) -> list[tuple[Any, Any]]:
-    """Text and start of each answer, as SQuAD or the rows made of it hold them."""
+    """Text and start of each answer, as SQuAD or the rows made of it hold them. DataError if some lack the other."""
     if isinstance(value, Mapping):
         texts = value.get("text", [])
         starts = value.get("answer_start") or [None] * len(texts)
-        return list(zip(texts, starts)) if len(texts) == len(starts) else [(None, None)]
+        if len(texts) != len(starts):
+            raise DataError(f"its answers have {len(texts)} texts and {len(starts)} starts; each text needs one")
+        return list(zip(texts, starts))
     return [_pair(one) for one in value]
 
 
