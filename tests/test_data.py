@@ -176,7 +176,7 @@ def test_a_single_class_is_refused():
 
 
 def test_labels_in_a_list_are_not_one_class(tmp_path):
-    path = put(tmp_path / "a.csv", 'text,labels,label\nx,"[\'a\', \'b\']",[a]\n')
+    path = put(tmp_path / "a.csv", "text,labels,label\nx,\"['a', 'b']\",[a]\n")
     with pytest.raises(DataError, match=r"row 2: column 'labels' is \['a', 'b'\], a list, .* with --task labels"):
         load_rows(path, label="labels")
     assert load_rows(path).labels == ("[a]",)  # a name, where the column does not say otherwise
@@ -234,11 +234,19 @@ def test_a_directory_without_data_is_refused(tmp_path):
         load_splits(tmp_path)
 
 
+def test_a_directory_of_dataset_directories_names_one(tmp_path):
+    for name in ("test", "train"):
+        (tmp_path / name).mkdir()
+        put(tmp_path / name / "state.json", "{}")
+    with pytest.raises(DataError, match="holds test, train, and is no Hugging Face .*; name one of them, as '.*test'"):
+        load_rows(tmp_path)
+
+
 @pytest.mark.parametrize(("names", "one"), [(("train.csv", "test.csv"), "test.csv"), (("a.jsonl", "b.csv"), "a.jsonl")])
 def test_a_directory_with_tables_is_no_table_itself(tmp_path, names, one):
     for name in names:
         put(tmp_path / name, csv_text())
-    told = f"holds {', '.join(sorted(names))}, and is no Hugging Face .*; name one of its files, as '.*{one}'"
+    told = f"holds {', '.join(sorted(names))}, and is no Hugging Face .*; name one of them, as '.*{one}'"
     with pytest.raises(DataError, match=told):
         load_rows(tmp_path)
 

@@ -118,6 +118,9 @@ def test_faults_are_told(tmp_path):
     (tmp_path / "none" / "x.png").write_bytes(b"1")
     with pytest.raises(DataError, match=r"holds no text: left out: 1 files have other endings"):
         load_documents(tmp_path / "none")
+    (tmp_path / "none" / "test.csv").touch()
+    with pytest.raises(DataError, match="; name one of them, as '.*test.csv'"):
+        load_documents(tmp_path / "none")
     with pytest.raises(DataError, match="does not exist"):
         load_documents(tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match="is no table, so it has no column 'body'"):

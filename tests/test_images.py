@@ -225,6 +225,10 @@ def spoiled(tmp_path, name):
         Image.fromarray(arrays(1)[0][0]).save(place / "x.png")
     elif name == "parts":
         folder(place / "train", 3)
+    elif name == "tables":
+        place.mkdir()
+        (place / "train.csv").touch()
+        (place / "test.npz").touch()
     elif name == "hollow":
         folder(place, 3)
         (place / "none").mkdir()
@@ -238,6 +242,8 @@ def spoiled(tmp_path, name):
         np.savez(place, images=np.full((3, 4, 4), 7.0), labels=[1, 2, 3])
     elif name == "other.npz":
         np.savez(place, pictures=np.zeros((3, 4, 4), np.uint8))
+    elif name == "parted.npz":
+        np.savez(place, x_train=arrays(3)[0], y_train=[1, 2, 3], x_test=arrays(3)[0], y_test=[1, 2, 3])
     elif name == "broken.npz":
         place.write_bytes(b"no archive")
     elif name in ("cut.npz", "torn.npz"):
@@ -253,12 +259,14 @@ def spoiled(tmp_path, name):
     [
         ("flat", "holds no folders of classes; put the images of each class"),
         ("parts", r"holds the parts train; name one of them, as '.*train'"),
+        ("tables", r"holds test.npz, train.csv, and no images in folders; name one of them, as '.*test.npz'"),
         ("hollow", "the folder 'none' holds no images"),
         ("missing.csv", r"row 2: column 'image' names 'not/here.png', which is not in"),
         ("unnamed.csv", "no column with a usual name for the image"),
         ("uneven.npz", "3 images and 2 labels"),
         ("floats.npz", "uint8 from 0 to 255 or floats from 0 to 1"),
         ("other.npz", "no array images or image or x for its images; it has pictures"),
+        ("parted.npz", "no array images or image or x .*; name one of its parts, as '.*parted.npz:test'"),
         ("broken.npz", "is not a readable NumPy archive"),
         ("cut.npz", "is not a readable NumPy archive"),
         ("torn.npz", "array 'images' cannot be read"),

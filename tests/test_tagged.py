@@ -51,12 +51,17 @@ def test_slots_stand_in_a_directory_and_its_parts_are_found(tmp_path):
     data = load_splits(tmp_path, read=load_tagged)
     assert (data.test.words, data.test.tags) == (WORDS, TAGS)
     assert load_tagged(tmp_path / "test").lines == (1, 2)
+    with pytest.raises(DataError, match="holds test, train, valid, and is .*; name one of them, as '.*test'"):
+        load_tagged(tmp_path)
 
 
 def test_conll_parts_of_a_directory_are_found_by_their_names(tmp_path):
     for name in ("train.conll", "dev.conll", "test.conll"):
         written(tmp_path, name, SPACES)
     assert len(load_splits(tmp_path, read=load_tagged).valid) == 2
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(DataError, match="holds dev.conll, test.conll, train.conll, and is .*, as '.*test.conll'"):
+        load_tagged(tmp_path)
 
 
 def test_columns_are_named_in_tables_and_numbered_in_conll(tmp_path):

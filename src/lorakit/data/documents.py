@@ -20,7 +20,7 @@ from lorakit.data.cells import any_text, text_in
 from lorakit.data.memory import Memory
 from lorakit.data.rows import Part, at
 from lorakit.data.sources import column_of
-from lorakit.data.tables import DEMO, SUFFIXES, is_dataset, open_table, read_text, usable_rows
+from lorakit.data.tables import DEMO, SUFFIXES, inside, is_dataset, open_table, read_text, usable_rows
 from lorakit.errors import DataError
 
 NAMES = ("text", "content", "code")
@@ -110,7 +110,8 @@ def load_documents(source: str | Path | Memory, *, text: str | None = None) -> D
         raise DataError(f"'{path}' is no table, so it has no column '{text}'; leave --text out")
     found, left_out = _of_folder(path) if path.is_dir() else (_of_file(path), "")
     if not found:
-        raise DataError(f"'{path}' holds no text{f': {left_out}' if left_out else ''}")
+        way = inside(path)[1] if path.is_dir() else ""
+        raise DataError(f"'{path}' holds no text{f': {left_out}' if left_out else ''}{way}")
     return Documents(tuple(found), str(source), tuple(range(1, len(found) + 1)), left_out=left_out)
 
 
@@ -144,20 +145,20 @@ def _of_folder(path: Path) -> tuple[list[str], str]:
     found: list[str] = []
     left: dict[str, list[str]] = {"are no text": [], "are empty": [], "have other endings": []}
     for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path)
-        if not file.is_file() or any(part.startswith(".") or part in _BESIDE for part in inside.parts):
+        inner = file.relative_to(path)
+        if not file.is_file() or any(part.startswith(".") or part in _BESIDE for part in inner.parts):
             continue
         if not file.name.lower().removesuffix(".gz").endswith((*PROSE, *CODE)):
-            left["have other endings"].append(str(inside))
+            left["have other endings"].append(str(inner))
             continue
         try:
             own = _of_file(file) if file.stat().st_size else []
         except DataError:
-            left["are no text"].append(str(inside))
+            left["are no text"].append(str(inner))
             continue
         found += own
         if not own:
-            left["are empty"].append(str(inside))
+            left["are empty"].append(str(inner))
     told = [f"{len(names)} files {why} ({_few(names)})" for why, names in left.items() if names]
     return found, f"left out: {', '.join(told)}" if told else ""
 

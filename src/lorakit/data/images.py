@@ -22,7 +22,7 @@ from lorakit.data.memory import Memory
 from lorakit.data.pictures import Picture, digest, from_cell, from_python
 from lorakit.data.rows import Part, Rows, at
 from lorakit.data.sources import PARTS, apart, column_of
-from lorakit.data.tables import DEMO, is_dataset, open_table
+from lorakit.data.tables import DEMO, inside, is_dataset, open_table
 from lorakit.errors import DataError, MissingExtraError, listed
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "file_name", "filename", "path")
@@ -167,6 +167,7 @@ def _of_folder(folder: Path) -> Images:
     if nested:
         raise DataError(f"'{folder}' holds the parts {', '.join(nested)}; name one of them, as '{folder / nested[0]}'")
     if not classes:
+        _refuse_beside(folder)
         raise DataError(
             f"'{folder}' holds no folders of classes; put the images of each class into a folder of its own, or give a "
             "table with the columns image and label"
@@ -184,8 +185,16 @@ def _of_folder(folder: Path) -> Images:
 def _all_of_folder(folder: Path) -> Images:
     files = _files(folder)
     if not files:
+        _refuse_beside(folder)
         raise DataError(f"'{folder}' holds no images ({', '.join(ENDINGS[:4])} ...)")
     return _of_files(folder, files, None)
+
+
+def _refuse_beside(folder: Path) -> None:
+    """DataError for a folder without images that holds tables or archives."""
+    held, way = inside(folder, lambda entry: entry.suffix == ".npz")
+    if held:
+        raise DataError(f"'{folder}' holds {held}, and no images in folders{way}")
 
 
 def _of_files(folder: Path, files: Sequence[Path], labels: tuple[str, ...] | None) -> Images:
@@ -215,7 +224,10 @@ def _of_archive(name: str, labels: bool) -> Images:
         wanted += [*(f"{key}_{word}" for word in words for key in usual if part)] or list(usual)
         hit = next((keys[key] for key in wanted if key in keys), None)
         if hit is None:
-            raise DataError(f"'{name}' has no array {' or '.join(wanted[:3])} for its {noun}; it has {', '.join(keys)}")
+            parts = parts_of_archive(file)
+            way = f"; name one of its parts, as '{parts.get('test') or next(iter(parts.values()))}'" if parts else ""
+            known = f"it has {', '.join(keys)}{way}"
+            raise DataError(f"'{name}' has no array {' or '.join(wanted[:3])} for its {noun}; {known}")
         try:
             return archive[hit]
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # damaged, or of Python objects

@@ -26,8 +26,8 @@ PAIRS = (
 )
 LABEL_NAMES = ("label", "intent", "category", "class", "sentiment", "target", "gold_label", "is_duplicate")
 PARTS = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",)}
-_TEXTS = (".txt", ".conll", ".conllu", ".bio", ".bioes", ".bmes", ".iob", ".iob2")
-_ENDINGS = (*SUFFIXES, ".npz", "", *_TEXTS, *(f"{ending}.gz" for ending in _TEXTS))  # of parts; "": folders
+WORD_FILES = (".txt", ".conll", ".conllu", ".bio", ".bioes", ".bmes", ".iob", ".iob2")
+_ENDINGS = (*SUFFIXES, ".npz", "", *WORD_FILES, *(f"{ending}.gz" for ending in WORD_FILES))  # of parts; "": folders
 _SHARE = 0.1  # of the training rows, for a part that is not given
 
 P = TypeVar("P", bound=Part)

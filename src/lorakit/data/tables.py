@@ -28,24 +28,40 @@ DEMO = "demo:"
 
 Table = Iterator[tuple[int, Mapping[str, Any]]]  # row number as a person counts it, column -> value
 Opened = tuple[list[str], Callable[[], Table]]  # columns, and rows as often as they are wanted
+Reads = Callable[[Path], bool]
 _AT_ONCE = 1024  # rows that pyarrow makes Python values of together
 _SAMPLE = 1 << 22  # bytes of text that tell how well a file was packed
 _FIELD = 1 << 27  # characters in a cell of CSV, at the most: beyond it a quote was left open
 
 
-def open_table(source: str | Path | Memory) -> tuple[list[str], Table]:
-    """Column names and rows of one table. DataError names the file, where it can the row, and the way out."""
-    columns, rows = opened(source)
+def open_table(source: str | Path | Memory, also: Reads | None = None) -> tuple[list[str], Table]:
+    """Column names and rows of one table. DataError names the file, where it can the row, and the way out; `also` is
+    that of `inside`."""
+    columns, rows = opened(source, also)
     return columns, rows()
 
 
-def opened(source: str | Path | Memory) -> Opened:
+def opened(source: str | Path | Memory, also: Reads | None = None) -> Opened:
     """Column names of one table, and what gives its rows from the first on, again and again; cells are `plain`."""
-    columns, rows = _opened(source)
+    columns, rows = _opened(source, also)
     return columns, lambda: ((n, {key: plain(value) for key, value in row.items()}) for n, row in rows())
 
 
-def _opened(source: str | Path | Memory) -> Opened:
+def inside(folder: Path, also: Reads | None = None) -> tuple[str, str]:
+    """What a directory holds that can be read by itself, and the way out for who wants one table: to name it. Empty
+    texts if it holds none. `also` tells of a file or folder whether it can be read beside tables."""
+    names = [
+        entry.name
+        for entry in sorted(folder.iterdir())
+        if _suffix(entry) in _READERS or is_dataset(entry) or (also is not None and also(entry))
+    ]
+    if not names:
+        return "", ""
+    one = folder / max(names, key=lambda name: name.startswith("test"))
+    return ", ".join(names[:4] + ["..."] * (len(names) > 4)), f"; name one of them, as '{one}'"
+
+
+def _opened(source: str | Path | Memory, also: Reads | None) -> Opened:
     if isinstance(source, Memory):
         return source.columns, lambda: iter(source.rows)
     name = str(source)
@@ -55,10 +71,8 @@ def _opened(source: str | Path | Memory) -> Opened:
     if path.is_dir():
         if is_dataset(path):
             return _read_arrow(path)
-        names = sorted(file.name for file in path.iterdir() if _suffix(file) in _READERS)
-        held = ", ".join(names[:4] + ["..."] * (len(names) > 4)) or "no train.csv, train.jsonl or train.parquet"
-        one = path / max(names, key=lambda name: name.startswith("test"), default="")
-        way = f"; name one of its files, as '{one}'" if names else ""
+        held, way = inside(path, also)
+        held = held or "no train.csv, train.jsonl or train.parquet"
         raise DataError(f"'{path}' holds {held}, and is no Hugging Face dataset directory{way}")
     if not path.exists():
         raise DataError(f"'{path}' does not exist")

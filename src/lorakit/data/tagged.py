@@ -21,7 +21,7 @@ from lorakit.data.cells import text_of
 from lorakit.data.faults import BadRow, leave_out
 from lorakit.data.memory import Memory, plain
 from lorakit.data.rows import Part, at
-from lorakit.data.sources import apart, column_of
+from lorakit.data.sources import WORD_FILES, apart, column_of
 from lorakit.data.spans import completed, plain_and_prefixed
 from lorakit.data.tables import SUFFIXES, open_table, read_text
 from lorakit.errors import DataError
@@ -203,6 +203,11 @@ def _is_conll(place: Path) -> bool:
     return bool(re.search(r"\n[ \t\r]*\n", text.strip())) and not header & {*WORDS, *TAGS}
 
 
+def _is_part(place: Path) -> bool:
+    """Whether it is called as a CoNLL file, or is a directory of slots."""
+    return place.name.lower().removesuffix(".gz").endswith(WORD_FILES) or (place / _IN).is_file()
+
+
 def _conll(place: Path, words: str | None, tags: str | None, answers: bool, faults: Faults) -> Iterator[Sentence]:
     lines = [line.rstrip("\r") for line in read_text(place).split("\n")]
     rows = [(k, re.split("\t" if "\t" in line else "[ \t]+", line.strip(" \r"))) for k, line in enumerate(lines, 1)]
@@ -248,7 +253,7 @@ def _number(place: Path, wanted: str | None, n_fields: int, usual: int) -> int:
 def _table(
     source: str | Path | Memory, words: str | None, tags: str | None, answers: bool, faults: Faults
 ) -> Iterator[Sentence]:
-    columns, table = open_table(source)
+    columns, table = open_table(source, _is_part)
     asked = column_of(str(source), columns, words, WORDS, "words")
     said = column_of(str(source), columns, tags, TAGS, "tags") if answers else None
     apart(str(source), ("words", asked), ("tags", said))
