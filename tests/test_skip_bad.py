@@ -58,7 +58,7 @@ READ = [  # task, part, a row that reading or comparing the parts refuses, why
     ("classify", "train", {"text": "", "label": "a"}, "column 'text' is empty"),
     ("classify", "train", {"text": "a\x00", "label": "a"}, "NUL character"),
     ("classify", "train", {"text": "a", "label": None}, "column 'label' is empty"),
-    ("classify", "train", {"text": "a", "label": ["a"]}, "is ['a'], a list, and one label is wanted; texts with several"),
+    ("classify", "train", {"text": "a", "label": ["a"]}, "is ['a'], a list, and one label is wanted; texts with sever"),
     ("image", "train", {"image": "0.png", "label": ["a"]}, "is ['a'], a list, and one label is wanted; texts with sev"),
     ("recommend", "train", {"user": ["u1"], "item": "i1", "time": 3}, "column 'user' is ['u1']; it must be a text or"),
     ("classify", "valid", {"text": "a", "label": "odd"}, "label 'odd' does not occur in the training rows"),
@@ -626,6 +626,20 @@ def test_a_table_of_bad_rows_alone_is_refused_whatever_the_bound(tmp_path):
     (tmp_path / "y.csv").write_text("user,item,rating\n,a,5\nu,b,1\n")
     with pytest.raises(DataError, match="no row with rating >= 4"), skipping(9):
         load_interactions(tmp_path / "y.csv", rating=">=4")
+
+
+@pytest.mark.parametrize("skip_bad", [0, 99])
+def test_rows_that_are_all_bad_are_not_offered_to_be_left_out(place, bases, skip_bad):
+    files = write(place, "allbad", "classify", "", {})
+    data, made = read("classify", files), bases["bert"]()
+    result = lk.fit(made, data, max_steps=1, threads=1)
+    run = (result.adapter, TASKS["classify"].from_note(result.adapter.meta["task"]))
+    odd = replace(data.test, labels=("odd",) * len(data.test))
+    long = replace(data, valid=replace(data.valid, texts=(LONG,) * len(data.valid)))
+    with pytest.raises(DataError, match=f"(?s)label 'odd' .*; no other row of '{odd.source}' is there$"):
+        lk.evaluate(run, odd, base=made, skip_bad=skip_bad)
+    with pytest.raises(DataError, match=f"are longer than 24 .*; no other row of '{data.valid.source}' is there$"):
+        lk.fit(made, long, max_steps=1, threads=1, skip_bad=skip_bad)
 
 
 def test_what_is_told_is_short():

@@ -1,6 +1,7 @@
 """Pairs of texts: how tables hold them, how they become tokens, and that a model learns which text is which."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,8 +81,10 @@ def test_the_second_text_is_part_of_what_is_learned_and_of_what_is_the_same():
     assert rows.digest() != Rows(("a", "a"), ("x", "y"), "s", (1, 2)).digest()
     assert rows.take([1]).others == ("c",)
     single = Rows(("a", "a"), ("x", "y"), "t", (1, 2))
-    with pytest.raises(DataError, match="'t' has single texts, and 's' has pairs of texts"):
-        Splits(rows, single, rows).checked()
+    other = Rows(("a",), ("z",), "u", (1,))  # nor does it have a label of the training rows
+    told = "^2 faults:.*'t' has single texts, and 's' has pairs of texts;.*'u' has single texts, .* alike in both$"
+    with pytest.raises(DataError, match=f"(?s){told}"):
+        Splits(rows, single, other).checked()
 
 
 def test_scores_of_pairs_equal_those_of_the_padded_model_with_token_types(place, base):
@@ -180,6 +183,9 @@ def test_a_model_of_single_texts_refuses_pairs(place, base):
     assert not task.pairs
     with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; give each text alone"):
         lk.predict((result.adapter, task), [("a", "b")], base=base)
+    odd = replace(data.test, others=data.test.texts, labels=("odd",) * len(data.test))
+    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned; name the column of the"):
+        lk.evaluate((result.adapter, task), odd, base=base)
 
 
 def test_the_loss_of_pairs_is_the_cross_entropy_of_the_padded_model(place, base):

@@ -197,7 +197,8 @@ D = TypeVar("D", bound=Table)
 
 
 def usable(data: D, make: Callable[[D], X]) -> tuple[D, X]:
-    """The rows of which something can be made, and what is made of them. DataError if too many had to be left out."""
+    """The rows of which something can be made, and what is made of them. DataError if too many had to be left out;
+    NoRowsError if no row of a part is usable."""
     while True:
         try:
             return data, make(data)
@@ -205,8 +206,12 @@ def usable(data: D, make: Callable[[D], X]) -> tuple[D, X]:
             found, now = error, _active.get()
         if now is None:
             raise found
+        try:
+            rest = data.without(found.rows)
+        except NoRowsError as error:
+            raise NoRowsError(f"{found}; {error}", found.rows) from None
         now.leave_out(found.rows, str(found), found.way)
-        data = data.without(found.rows)
+        data = rest
 
 
 def counted(bad: Sequence[BadRow]) -> dict[str, Any]:

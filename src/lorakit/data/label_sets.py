@@ -84,6 +84,8 @@ class LabelSets(Texts):
 
     def faults(self, valid: "LabelSets", test: "LabelSets") -> list[str]:
         """Labels must be known everywhere, some on a training row, and none unseen there."""
+        if unlike := self.unlike(valid, test):
+            return unlike
         faults = [f"'{part.source}' has no labels" for part in (self, valid, test) if part.labels is None]
         known = self.known
         if not faults and not known:
@@ -93,7 +95,7 @@ class LabelSets(Texts):
                 faults.append(f"'{self.source}': column '{column}' is 0 in every training row; leave it out of labels")
         for part in (valid, test):
             faults += unseen(part, known) if known else []
-        return faults + self.unlike(valid, test)
+        return faults
 
 
 def unseen(part: LabelSets, known: set[str]) -> list[BadRow]:

@@ -54,12 +54,14 @@ class Rated(Texts):
 
     def faults(self, valid: "Rated", test: "Rated") -> list[str]:
         """Numbers must be known everywhere, and not all the same."""
+        if unlike := self.unlike(valid, test):
+            return unlike
         faults = [f"'{part.source}' has no numbers" for part in (self, valid, test) if part.numbers is None]
         if self.numbers is not None and len(set(self.numbers)) < 2:
             faults.append(
                 f"'{self.source}': every training row has the number {self.numbers[0]:g}; nothing can be learned"
             )
-        return faults + self.unlike(valid, test)
+        return faults
 
 
 def load_rated(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.faults import BadRow, refuse
-from lorakit.errors import DataError, listed
+from lorakit.errors import DataError, NoRowsError, listed
 
 Ints = NDArray[np.int64]
 HASH = 16  # bytes
@@ -44,11 +44,11 @@ class Part(ABC):
         """The rows at these positions."""
 
     def without(self, bad: Collection[BadRow]) -> Self:
-        """The rows that are not among these. DataError if that is none."""
+        """The rows that are not among these. NoRowsError if that is none."""
         gone = {one.row for one in bad if one.source == self.source}
         kept = [i for i, line in enumerate(self.lines) if line not in gone]
         if not kept:
-            raise DataError(f"'{self.source}': no row is left of {len(self)}; {listed(map(str, bad), 5)}")
+            raise NoRowsError(f"no other row of '{self.source}' is there")
         return self if len(kept) == len(self) else self.take(kept)
 
     def cut(self, *parts: Sequence[int]) -> "list[Part]":
@@ -220,6 +220,8 @@ class Rows(Texts):
 
     def faults(self, valid: "Rows", test: "Rows") -> list[str]:
         """Labels must be everywhere, of more than one class, and none unseen in training."""
+        if unlike := self.unlike(valid, test):
+            return unlike
         faults = [f"'{part.source}' has no labels" for part in (self, valid, test) if part.labels is None]
         known = set(self.labels or ())
         if not faults and len(known) < 2:
@@ -230,7 +232,7 @@ class Rows(Texts):
                 if known and label not in known:
                     why = f"label '{label}' does not occur in the training rows"
                     faults.append(BadRow(part.source, line, f"{why}; add examples of it there, or remove the row"))
-        return faults + self.unlike(valid, test)
+        return faults
 
 
 @overload
@@ -266,8 +268,9 @@ class Splits(Generic[P]):
         """Itself, if it can be learned from; DataError with every reason why not."""
         faults = self.train.core.faults(self.valid.core, self.test.core)
         bad = [fault for fault in faults if isinstance(fault, BadRow)]
-        if len(bad) < len(faults):
-            raise DataError(listed(faults))
+        whole = [fault for fault in faults if not isinstance(fault, BadRow)]
+        if whole:
+            raise DataError(listed([*whole, *bad], len(whole) + 5))
         refuse(bad)
         return self
 

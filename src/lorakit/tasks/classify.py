@@ -124,8 +124,9 @@ class Classify(Pooled):
 
     def evaluate(self, rows: Rows, base: Base, scores: Scores, *, truncate: bool) -> Evaluation:
         """Metrics on labelled rows. DataError for labels it has not learned."""
+        tokens = self.examples(rows, base.tokenizer, truncate=truncate)
         labels = known_labels(rows, rows.labels, self.labels)
-        return evaluation(scores(self.examples(rows, base.tokenizer, truncate=truncate)), labels, self.labels)
+        return evaluation(scores(tokens), labels, self.labels)
 
     def shown(self, found: Sequence[Prediction]) -> str:
         """A line for each text: label, probability, text."""

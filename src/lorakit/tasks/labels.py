@@ -186,8 +186,8 @@ class Labels(Pooled):
         """Metrics on rows with labels. DataError for labels it has not learned."""
         if rows.labels is None:
             raise DataError(f"'{rows.source}' has no labels to evaluate against")
-        refuse(unseen(rows, set(self.labels)))
         tokens = self.examples(rows, base.tokenizer, truncate=truncate)
+        refuse(unseen(rows, set(self.labels)))
         logits = scores(tokens)
         truth, said = _truth(tokens), self._said(logits)
         hits, n_said, n_true = (truth & said).sum(0), said.sum(0), truth.sum(0)
