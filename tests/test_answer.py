@@ -13,7 +13,7 @@ from lorakit.cli import main
 from lorakit.data import load_splits
 from lorakit.data.memory import in_memory
 from lorakit.data.questions import load_questions, make_questions
-from lorakit.errors import DataError
+from lorakit.errors import BadRowsError, DataError
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.answer import Answer, best_spans
@@ -243,8 +243,14 @@ def test_what_cannot_be_used_is_told(place, base, data, result):
     with pytest.raises(DataError, match="no answers to evaluate"):
         lk.evaluate(place / "run", make_questions(["like? rain"]))
     long = [(f"{'like ' * 30}?", "rain soup")]
-    with pytest.raises(DataError, match="1 of 1 texts are longer than 12 tokens, the longest in row 1 with 31"):
+    half = "12 are the most, half of the 24 that the base reads"
+    told = f"1 of 1 questions are longer than 12 tokens, the longest in row 1 with 31; {half}"
+    with pytest.raises(DataError, match=told):
         lk.predict(place / "run", long)
+    both = make_questions([*long, ("like?", "rain soup")])
+    with pytest.raises(BadRowsError) as refused:
+        Answer.from_note(result.adapter.meta["task"]).examples(both, base.tokenizer, truncate=False)
+    assert refused.value.rows[0].reason == f"the question has 31 tokens, and {half}"
     assert lk.predict(place / "run", long, truncate=True)[0].answer in ("rain", "soup", "rain soup")
 
 

@@ -147,6 +147,22 @@ def test_what_is_to_be_predicted_is_not_read(tmp_path, task, row):
         TASKS[task].read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "told"),
+    [
+        ("a.csv", ";", "semicolons; write the table with commas$"),
+        ("a.csv", "\t", "tabs; write the table with commas, or call it .tsv$"),
+        ("a.csv", "|", "bars; write the table with commas$"),
+        ("a.tsv", ";", "semicolons; write the table with tabs$"),
+        ("a.tsv", ",", "commas; write the table with tabs, or call it .csv$"),
+    ],
+)
+def test_a_table_that_is_cut_by_another_mark_says_so(tmp_path, name, mark, told):
+    path = put(tmp_path / name, f"text{mark}label\ngood film{mark}pos\n")
+    with pytest.raises(DataError, match=f"has one column, 'text.*label', which seems to be cut by {told}"):
+        load_rows(path)
+
+
 def test_a_cell_may_hold_a_long_text(tmp_path):
     long = "word " * 30_000
     path = put(tmp_path / "a.csv", f'text,label\n"{long}",x\n')

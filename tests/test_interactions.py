@@ -5,6 +5,7 @@ import random
 import pytest
 
 from lorakit.data import load_splits
+from lorakit.data.faults import skipping
 from lorakit.data.interactions import Interactions, load_interactions
 from lorakit.errors import DataError
 
@@ -46,6 +47,16 @@ def test_numbers_and_dates_are_what_they_are_in_other_formats(tmp_path):
     [
         (("user,item", ",a", "1,"), {}, "row 2: column 'user' is empty.*row 3: column 'item' is empty"),
         (("user,item,time", "1,a,soon"), {}, "row 2: column 'time' is 'soon', neither a number nor a date"),
+        (
+            ("user,item,time", "1,a,2026-01-01", "1,b,1767312000", "2,a,2026-01-03"),
+            {},
+            "row 3: column 'time' is a number, and 2 rows have dates; write all times in one way",
+        ),
+        (
+            ("user,item,time", "1,a,5", "1,b,2026-01-01", "2,a,7"),
+            {},
+            "row 3: column 'time' is a date, and 2 rows have n",
+        ),
         (("user,item,rating", "1,a,good"), {"rating": ">=3"}, "row 2: column 'rating' is 'good', which is no number"),
         (("user,item,rating", "1,a,2"), {"rating": "rating"}, "does not say from which value on.*'rating>=4'"),
         (("user,item,rating", "1,a,2"), {"rating": "4"}, "does not say from which value on.* write '>=4',"),
@@ -60,6 +71,13 @@ def test_numbers_and_dates_are_what_they_are_in_other_formats(tmp_path):
 def test_what_cannot_be_used_is_named(tmp_path, lines, columns, words):
     with pytest.raises(DataError, match=f"(?s){words}"):
         load_interactions(write(tmp_path / "a.csv", *lines), **columns)
+
+
+def test_a_time_of_another_kind_that_is_left_out_hides_no_other_row(tmp_path):
+    lines = ("user,item,time", "1,a,2026-01-05", "1,a,7", "1,b,2026-01-03")
+    with skipping(1):
+        rows = load_interactions(write(tmp_path / "a.csv", *lines))
+    assert (rows.items, rows.lines) == (("a", "b"), (2, 4))
 
 
 def test_the_last_of_every_user_is_held_out():

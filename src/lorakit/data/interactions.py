@@ -2,13 +2,15 @@
 
 Usual tables are read as they are: MovieLens (userId, movieId, rating, timestamp), logs of a shop (user_id, product_id,
 date), pairs alone. A rating counts only where a least one is asked for (`rating=">=4"`, or `"stars>=4"` with the name
-of its column): rows below it are left out. What a user had more than once counts once, when it came first.
+of its column): rows below it are left out. What a user had more than once counts once, when it came first. Times are
+numbers or dates, in all rows alike.
 """
 
 import hashlib
 import math
 import random
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,9 +123,9 @@ def load_interactions(
     time_column = column_of(name, columns, time, TIME_NAMES, "time", needed=False) if items else ""
     apart(name, ("user", user_column), ("item", item_column), ("time", time_column))
     rating_column, least = _threshold(name, columns, rating) if rating and items else ("", 0.0)
-    found: dict[tuple[str, str], tuple[float, int]] = {}
+    firsts: list[dict[tuple[str, str], tuple[float, int]]] = [{}, {}]  # of rows with numbers as times, and with dates
+    good = [array("q"), array("q")]
     faults: list[tuple[int, str]] = []
-    n_good = 0
     for line, row in table:
         try:
             who, what = (_word(row, column) if column else "" for column in (user_column, item_column))
@@ -131,17 +133,22 @@ def load_interactions(
             faults.append((line, str(error)))
             continue
         stars = _number(row.get(rating_column)) if rating_column else least
-        when = _moment(row.get(time_column)) if time_column else 0.0
+        when, dated = _moment(row.get(time_column)) if time_column else (0.0, False)
         if stars is None:
             faults.append((line, f"column '{rating_column}' is {row.get(rating_column)!r:.40}, which is no number"))
         elif when is None:
             told = f"{row.get(time_column)!r:.40}, neither a number nor a date like 2026-01-31"
             faults.append((line, f"column '{time_column}' is {told}"))
         else:
-            n_good += 1
+            good[dated].append(line)
+            found = firsts[dated]
             if stars >= least and (when, line) < found.get((who, what), (math.inf, 0)):
                 found[who, what] = (when, line)
-    leave_out(name, faults, left=n_good)
+    usual = int(len(good[1]) > len(good[0]))
+    own, others = ("a number", "dates") if usual else ("a date", "numbers")
+    odd = f"column '{time_column}' is {own}, and {len(good[usual])} rows have {others}; write all times in one way"
+    leave_out(name, sorted([*faults, *((line, odd) for line in good[1 - usual])]), left=len(good[usual]))
+    found = firsts[usual]
     if not found:
         why = f"no row with {rating_column} >= {least:g}" if rating_column else "a header and no rows"
         raise NoRowsError(f"'{name}' has {why}" if columns else f"'{name}' is empty")
@@ -184,13 +191,13 @@ def _number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _moment(value: Any) -> float | None:
-    """Seconds of a number or a date."""
+def _moment(value: Any) -> tuple[float | None, bool]:
+    """Seconds of a number or a date, None of what is neither; and whether it is a date."""
     number = _number(value)
     if number is not None:
-        return number
+        return number, False
     try:
         found = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
     except ValueError:
-        return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        return None, False
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp(), True

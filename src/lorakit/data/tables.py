@@ -222,6 +222,8 @@ def _read_csv(path: Path) -> Opened:
         raise DataError(f"'{path}' is empty")
     _, fields, before = first
     header = [column.strip() for column in fields]
+    if len(header) == 1:
+        _refuse_other_cut(path, header[0])
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         raise DataError(f"'{path}' names column '{twice[0]}' twice in its header")
@@ -237,6 +239,19 @@ def _read_csv(path: Path) -> Opened:
     return header, lambda: (
         (number, dict(zip(header, row))) for number, row, _ in islice(lines(), 1, None) if len(row) == len(header)
     )
+
+
+def _refuse_other_cut(path: Path, header: str) -> None:
+    """DataError if the only column seems to be several."""
+    marks = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    mark = next((mark for mark in marks if mark in header), None)
+    if mark is not None:
+        wanted, way = ("tabs", ".csv") if _format(path) == ".tsv" else ("commas", ".tsv")
+        renamed = f", or call it {way}" if mark in ",\t" else ""
+        raise DataError(
+            f"'{path}' has one column, {header[:60]!r}, which seems to be cut by {marks[mark]}; write the table with "
+            f"{wanted}{renamed}"
+        )
 
 
 def _lines(begin: int, end: int) -> str:

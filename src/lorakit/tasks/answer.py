@@ -148,7 +148,8 @@ class Answer(Task):
         questions, most = list(rows.questions), self.max_length // 2
         asked = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
         if not truncate:
-            refuse_long(rows, rows.lines, asked["input_ids"], most)
+            why = f", half of the {self.max_length} that the base reads"
+            refuse_long(rows, rows.lines, asked["input_ids"], most, "question", why)
         for i, places in enumerate(asked["offset_mapping"]):
             if len(places) > most:
                 questions[i] = questions[i][: places[most - 1][1]]

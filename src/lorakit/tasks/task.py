@@ -210,17 +210,21 @@ def figure(name: str, value: float) -> str:
     return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.3f}"
 
 
-def refuse_long(rows: Part, lines: Sequence[int], ids: Sequence[Sequence[int]], max_length: int) -> None:
-    """BadRowsError if a text has more tokens than the model has positions. `lines`: the row of each."""
+def refuse_long(
+    rows: Part, lines: Sequence[int], ids: Sequence[Sequence[int]], max_length: int, noun: str = "text", why: str = ""
+) -> None:
+    """BadRowsError if a text has more tokens than the model has positions, or than it may take for the reason `why`.
+    `lines`: the row of each; `noun`: what the texts are."""
     long = [(line, len(entry)) for line, entry in zip(lines, ids) if len(entry) > max_length]
     if long:
         line, n = max(long, key=lambda pair: pair[1])
         known = list(dict.fromkeys(map(str, dict(long))))
         more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
         which = f" (rows {', '.join(known[:_SHOWN])}{more})" if len(known) > 1 else ""
+        it, most = "it" if noun == "text" else f"the {noun}", f"{max_length} are the most{why}"
         refuse(
-            [BadRow(rows.source, row, f"it has {count} tokens, and {max_length} are the most") for row, count in long],
-            f"'{rows.source}': {len(long)} of {len(ids)} texts are longer than {max_length} tokens{which}, the longest "
-            f"in row {line} with {n}",
+            [BadRow(rows.source, row, f"{it} has {count} tokens, and {most}") for row, count in long],
+            f"'{rows.source}': {len(long)} of {len(ids)} {noun}s are longer than {max_length} tokens{which}, the "
+            f"longest in row {line} with {n}{why and f'; {most}'}",
             "shorten them, or pass --truncate to cut them",
         )
