@@ -162,6 +162,7 @@ def test_what_cannot_be_learned_or_measured_is_refused():
         (sets([(), ()]), train, "no training row has any label"),
         (sets([("a",)], columns=("a", "z")), sets([("a",)]), "column 'z' is 0 in every training row"),
         (train, replace(train, labels=None), "has no labels"),
+        (sets([(), ()]), replace(train, others=train.texts), "^2 faults:\n  - '.*' has pairs of texts, and"),
     ):
         with pytest.raises(DataError, match=words):
             Splits(own, held, held).checked()
@@ -280,6 +281,8 @@ def test_predict_and_evaluate_a_run(place, base, data, run):
     strange = replace(data.test, labels=(("music",), *data.test.labels[1:]))
     with pytest.raises(DataError, match="label 'music' does not occur in the training rows"):
         lk.evaluate(place / "run", strange, base=base)
+    with pytest.raises(DataError, match="has pairs of texts, and single texts were learned"):
+        lk.evaluate(place / "run", replace(strange, others=strange.texts), base=base)
     with pytest.raises(DataError, match="longer than 24 tokens"):
         lk.predict(place / "run", ["rain " * 40], base=base)
     with pytest.raises(DataError, match="task 'labels' takes LabelSets, and these are Rows"):

@@ -168,6 +168,9 @@ def test_predictions_come_back_in_the_units_of_the_data(place, base, data, run):
     assert told.metrics["mae"] < 80
     with pytest.raises(DataError, match="has no numbers to evaluate against"):
         lk.evaluate(place / "run", replace(data.test, numbers=None), base=base)
+    single = replace(data.test, numbers=None, others=None)
+    with pytest.raises(DataError, match="^2 faults:\n  - '.*' has single texts, and"):
+        replace(data, valid=single, test=single).checked()
     with pytest.raises(DataError, match="single texts, and pairs of texts were learned"):
         lk.predict(place / "run", ["alone"], base=base)
 
