@@ -1,7 +1,7 @@
 """The command line: one file for each verb, imported only when it is asked for.
 
-A verb's file has `arguments(parser)` and `run(args)`, which returns what to print: a text, or a Reply with a text for
-people and values for `--json`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors go to stderr, one
+A verb's file has `arguments(parser)` and `run(args)`, which returns what to print: a Reply with a text for people and
+values for `--json`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors go to stderr, one
 sentence that names the way out.
 """
 
@@ -36,10 +36,11 @@ VERBS = {
 
 
 class Reply(NamedTuple):
-    """What a verb answers: text for people, values for `--json`."""
+    """What a verb answers: text for people, values for `--json`; and the exit code."""
 
     text: str
     values: Any
+    code: int = 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reply: Reply = import_module(f"lorakit.cli.{words[0]}").run(args)
         if speaks() and (args.json or reply.text):
             print(json.dumps(reply.values, ensure_ascii=False) if args.json else reply.text)
-        return 0
+        return reply.code
     except SystemExit as stop:
         return int(stop.code or 0)
     except BrokenPipeError:

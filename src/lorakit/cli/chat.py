@@ -3,14 +3,17 @@
 Where a conversation grows longer than the model takes, its earliest turns are dropped, and that is said.
 
 Inside: /use NAME lets another run answer, /use base none of them; /forget begins anew; /help; /quit, or end of file.
-From a pipe every line is asked in turn, and the answers are all that is printed.
+From a pipe every line is asked in turn, and the answers are all that is printed. A line that fails is told with its
+number (with --json it has an error in the place of an answer), the others are asked, and the exit code is 1.
 
 example: lorakit chat runs/law runs/code --temperature 0.7
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +37,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Reads, asks, prints."""
     from lorakit.cli.common import say
-    from lorakit.errors import LorakitError
+    from lorakit.errors import LorakitError, UsageError
     from lorakit.fit.talk import Talk
     from lorakit.fit.use import open_run
 
     opened = {name: open_run(path) for name, path in _named(args.runs).items()}
     adapter, task = next(iter(opened.values()))
     base = task.load_base(args.base or adapter.base_name) if hasattr(task, "template") else None
-    written: list[dict[str, Any]] = []
+    piped, written, failed = not sys.stdin.isatty(), list[dict[str, Any]](), False
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     with Talk(opened, base, args.system, args.device) as talk:
-        if sys.stdin.isatty():
+        if not piped:
             say(_HELP.format(names=", ".join(talk.names)))
-        for line in _lines(talk):
+        for number, line in _lines(talk):
             word, _, rest = line.partition(" ")
             try:
                 if word == "/quit":
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> Reply:
                 elif word == "/use":
                     talk.use("" if rest.strip() == "base" else rest.strip())
                 elif word.startswith("/"):
-                    say(f"'{word}' is no command; {_HELP.format(names=', '.join(talk.names))}")
+                    raise UsageError(f"'{word}' is no command; {_HELP.format(names=', '.join(talk.names))}")
                 else:
                     before = talk.n_dropped
                     answer = talk.say(line, None if args.json else _spoken, **options)
@@ -67,11 +70,13 @@ def run(args: argparse.Namespace) -> Reply:
                     if talk.n_dropped > before:
                         say(f"note: the first {talk.n_dropped} turns left no room for an answer and were dropped")
             except LorakitError as error:
-                say(f"lorakit: {error}")
+                failed = piped
+                written.append({"adapter": talk.name, "asked": _shown(line), "error": str(error)})
+                say(f"lorakit: {f'line {number}: ' if piped else ''}{error}")
             except KeyboardInterrupt:
                 _spoken("\n")
                 say("stopped")
-    return Reply("", written)
+    return Reply("", written, int(failed))
 
 
 def _named(paths: list[str]) -> dict[str, str]:
@@ -87,12 +92,19 @@ def _spoken(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _lines(talk: Any) -> Iterator[str]:
-    """What the user types, without empty lines."""
-    while True:
+def _shown(line: str) -> str:
+    """The line, with bytes that are no text as \\udcff."""
+    return line.encode(errors="backslashreplace").decode()
+
+
+def _lines(talk: Any) -> Iterator[tuple[int, str]]:
+    """What the user types, by the number of its line, without empty lines."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text spoil their own line only
+    for number in count(1):
         try:
             line = input(f"{talk.name or 'base'}> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
         if line:
-            yield line
+            yield number, line

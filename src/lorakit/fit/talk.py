@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.attach import activate, attach, detach
+from lorakit.data.cells import text_of
 from lorakit.data.dialogues import Dialogues, Turn
 from lorakit.device import resolve_device
 from lorakit.errors import DataError, UsageError, nearest
@@ -96,8 +97,9 @@ class Talk:
     def say(self, text: str, heard: Callable[[str], object] | None = None, **options: Any) -> str:
         """The answer; `heard` gets it piece by piece. `options` are those of predicting with generate.
 
-        DataError, and nothing is remembered, if the model does not take a text as long as this one.
+        DataError, and nothing is remembered, if this is no text, or one longer than the model takes.
         """
+        text_of(text, "what is asked")
         task = self._runs[self.name or self._first][1]
         assert isinstance(task, Generate)
         refuse_unknown(task, options, task.options)
