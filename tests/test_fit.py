@@ -321,6 +321,7 @@ def test_a_base_that_is_consumed_gives_the_same_run_and_keeps_half_precision(pla
     other = lk.fit(consumed, data, consume=True, **settings)
     assert one.adapter == other.adapter
     assert one.summary["base_bytes"] == other.summary["base_bytes"]
+    assert one.summary["base_parameters"] == sum(p.numel() for p in kept.model.parameters())
     assert {p.dtype for p in kept.model.parameters()} == {torch.float32}
     assert {p.dtype for p in consumed.model.parameters()} == {torch.bfloat16}
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
@@ -41,7 +42,7 @@ def start(place, out, how):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("file", ["records.jsonl", "prefix_train_0.bin"])
+@pytest.mark.parametrize("file", ["records.jsonl", "prefix_train_0.bin", "process"])
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(place, base, data, tmp_path, file):
     (tmp_path / file).write_bytes(b"")
     told = "holds a run that ended before its first checkpoint;.* replace it with --overwrite"
@@ -53,6 +54,51 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(place, base, d
     assert (tmp_path / "summary.json").is_file()
 
 
+@pytest.mark.parametrize("way", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_directory_that_is_written_is_refused_until_its_run_ends(base, data, tmp_path, way):
+    told = []
+
+    def watch(record, total):
+        with pytest.raises(UsageError) as refused:
+            lk.fit(base, data, out=tmp_path / "run", max_steps=1, **way)
+        told.append(str(refused.value))
+
+    lk.fit(base, data, out=tmp_path / "run", max_steps=2, checkpoint_steps=1, watch=watch)
+    assert len(told) >= 3
+    assert set(told) == {
+        f"'{tmp_path / 'run'}' is being written by process {os.getpid()}; wait for its end, or name another directory"
+    }
+    assert not (tmp_path / "run" / "process").exists()
+    lk.fit(base, data, out=tmp_path / "run", max_steps=1, overwrite=True)
+
+
+def test_who_comes_second_to_a_directory_does_not_write_over_the_first(base, data, tmp_path):
+    def meanwhile(_):
+        lk.fit(base, data, out=tmp_path / "run", max_steps=1)
+
+    with pytest.raises(UsageError, match="is not empty: it holds a finished run"):
+        lk.fit(base, data, out=tmp_path / "run", max_steps=2, ready=meanwhile)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_directory(base, data, tmp_path, monkeypatch):
+    def fail(*_):
+        assert (tmp_path / "run").is_dir()
+        raise HaltError
+
+    monkeypatch.setattr(import_module("lorakit.fit.run"), "Learner", fail)
+    with pytest.raises(HaltError):
+        lk.fit(base, data, out=tmp_path / "run", max_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_locks_a_run_is_written_all_the_same(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("lorakit.fit.hold"), "fcntl", None)
+    lk.fit(base, data, out=tmp_path / "run", max_steps=1)
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert not (tmp_path / "run" / "process").exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
     whole = start(place, place / "whole", "fresh")
@@ -61,15 +107,19 @@ def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_one(place):
     killed = start(place, place / "killed", "slow")
     for line in killed.stdout:
         if line.split() == ["step", "22"]:  # between two checkpoints, in the second epoch
+            with pytest.raises(UsageError, match=f"is being written by process {killed.pid};"):
+                lk.fit(str(place / "base"), place / "data.csv", out=place / "killed", resume=True)
             killed.send_signal(signal.SIGKILL)
             break
     killed.wait(timeout=60)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert (place / "killed" / "checkpoint").is_dir()
+    assert (place / "killed" / "process").is_file()
     resumed = start(place, place / "killed", "resume")
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
+    assert not (place / "killed" / "process").exists()
     assert "step 1\n" not in out, "it began anew instead of going on"
     assert lk.load(place / "killed" / "adapter") == lk.load(place / "whole" / "adapter")
     one, two = (

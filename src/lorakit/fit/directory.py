@@ -1,11 +1,13 @@
 """The run directory: claimed before anything is done, a journal while it runs, the results at its end.
 
-run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ (while it runs)
+run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ process (while it runs)
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,7 @@ from lorakit.errors import FitError, LorakitError, MissingExtraError, UsageError
 from lorakit.files import write_json, write_text
 from lorakit.fit.checkpoint import load_checkpoint, save_checkpoint
 from lorakit.fit.curve import draw_curve
+from lorakit.fit.hold import PROCESS, locked, writer
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State
 from lorakit.fit.settings import GO_ON
@@ -24,7 +27,12 @@ _PREFIX = "prefix_*.bin"
 
 
 def claim(place: Path, resume: bool, overwrite: bool) -> None:
-    """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet."""
+    """The run directory must be new, unless it is to go on or to be replaced. Changes nothing yet.
+
+    UsageError if it is not, and while another process writes into it.
+    """
+    if who := writer(place):
+        raise _written(place, who)
     if resume and overwrite:
         raise UsageError("resume goes on with a run and overwrite begins it anew; give one of them")
     if place.exists() and not place.is_dir():
@@ -42,12 +50,16 @@ def claim(place: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"cannot write into '{place}': '{host}' is {'not writable' if host.is_dir() else 'a file'}")
 
 
+def _written(place: Path, who: str) -> UsageError:
+    return UsageError(f"'{place}' is being written by {who}; wait for its end, or name another directory")
+
+
 def _is_done(place: Path) -> bool:
     return (place / "summary.json").exists()
 
 
 def _is_run(place: Path) -> bool:
-    own = ("summary.json", "checkpoint", "records.jsonl")
+    own = ("summary.json", "checkpoint", "records.jsonl", PROCESS)
     return any((place / name).exists() for name in own) or any(place.glob(_PREFIX))
 
 
@@ -68,12 +80,33 @@ def _ways(place: Path) -> list[str]:
     return [*goes_on, "replace it with --overwrite"] if _is_run(place) else []
 
 
-def clear(place: Path) -> None:
-    """Makes the run directory, or empties it of the run that is to be replaced."""
+@contextmanager
+def alone_in(place: Path | None, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Within the block the run directory is there, and this process alone writes into it. If it is still empty then, it
+    goes again.
+
+    UsageError if it cannot be claimed any more.
+    """
+    if place is None:
+        yield
+        return
+    claim(place, resume, overwrite)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write into '{place}': {error.strerror or error}") from None
+    try:
+        with locked(place) as free:
+            if not free:
+                raise _written(place, writer(place) or "another process")
+            yield
+    finally:
+        with suppress(OSError):
+            place.rmdir()
+
+
+def clear(place: Path) -> None:
+    """Empties the directory of the run that is to be replaced."""
     for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
         (place / name).unlink(missing_ok=True)
     for file in place.glob(_PREFIX):  # of a run that was killed

@@ -25,7 +25,7 @@ from lorakit.device import name_of, resolve_device
 from lorakit.errors import UsageError
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
-from lorakit.fit.directory import Journal, claim, clear, finish
+from lorakit.fit.directory import Journal, alone_in, claim, clear, finish
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, total_steps, train
 from lorakit.fit.settings import Settings, make_settings
@@ -99,8 +99,9 @@ def fit(
     chosen = replace(chosen, device=str(where), dtype=resolve_dtype(chosen.dtype, where))
     place = Path(out) if out is not None else None
     workers = Workers.started(where, shard=chosen.shard)
-    if place is not None and workers.first:
-        claim(place, resume, overwrite)
+    writes = place if workers.first else None
+    if writes is not None:
+        claim(writes, resume, overwrite)
     began = time.perf_counter()
     with skipping(chosen.skip_bad, data.skipped if isinstance(data, Splits) else ()):
         data = data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)
@@ -115,8 +116,17 @@ def fit(
         ready(data)
     net, keep = base.model, isinstance(model, Base) and not consume
     moves = place_of(net) != where  # then what it was before waits there
-    base_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
-    with placed(net, where, keep=keep), eval_mode(net), workers, _adapted(net, goal, plan, chosen.seed) as entries:
+    sizes = {
+        "base_parameters": sum(p.numel() for p in net.parameters()),
+        "base_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
+    }
+    with (
+        placed(net, where, keep=keep),
+        eval_mode(net),
+        workers,
+        alone_in(writes, resume, overwrite),
+        _adapted(net, goal, plan, chosen.seed) as entries,
+    ):
         identity = {
             "settings": chosen.values(),
             "plan": entries.toml(),
@@ -129,8 +139,8 @@ def fit(
         if chosen.shard:
             trunk.share_out(Peers(workers.size, workers.number, workers.join))
         with trunk, closing(Learner(net, goal, trunk, chosen, workers)) as learner:
-            if place is not None and not resume and workers.first:
-                clear(place)
+            if writes is not None and not resume:
+                clear(writes)
             workers.most(0)  # the directory is there before anyone writes into it
             held = frozen_bytes(net, trunk.shards)
             shards_told = told(trunk.shards, workers.size) if chosen.shard else []
@@ -161,31 +171,31 @@ def fit(
             memory["peak_bytes"] = peak_resident(where)
         tried = goal.tried(base, data.test.core) if workers.first else {}
         adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
-    if goal.peft_task:
-        adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
-    spent = time.perf_counter() - began + journal.seconds_before
-    summary = {
-        **about(base, goal, adapter, data, learner.flat.values.numel()),
-        **course(state, journal.records, spent, n_steps),
-        "before": before,
-        "test": metrics,
-        "base_bytes": base_bytes,
-        "dtype": trunk.precision,
-        "device": chosen.device,
-        "gpu": name_of(where),
-        "padded": trunk.why_padded,
-        "uncompiled": reason() if where.type == "cpu" else "",
-        "prefix": kept,
-        "settled": settled,
-        "memory": memory,
-        "processes": workers.size,
-        "skipped": counted(data.skipped),
-        "sharded": held if chosen.shard else 0,
-        "notes": [*shards_told, *notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped)],
-        **tried,
-    }
-    if place is not None and workers.first:
-        finish(place, goal, adapter, entries, journal.records, summary)
+        if goal.peft_task:
+            adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
+        spent = time.perf_counter() - began + journal.seconds_before
+        summary = {
+            **about(base, goal, adapter, data, learner.flat.values.numel()),
+            **course(state, journal.records, spent, n_steps),
+            "before": before,
+            "test": metrics,
+            **sizes,
+            "dtype": trunk.precision,
+            "device": chosen.device,
+            "gpu": name_of(where),
+            "padded": trunk.why_padded,
+            "uncompiled": reason() if where.type == "cpu" else "",
+            "prefix": kept,
+            "settled": settled,
+            "memory": memory,
+            "processes": workers.size,
+            "skipped": counted(data.skipped),
+            "sharded": held if chosen.shard else 0,
+            "notes": [*shards_told, *notes(journal, learner.settings, before["loss"], metrics["loss"], data.skipped)],
+            **tried,
+        }
+        if writes is not None:
+            finish(writes, goal, adapter, entries, journal.records, summary)
     return Result(adapter, before, metrics, journal.records, summary, place)
 
 

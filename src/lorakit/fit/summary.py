@@ -59,7 +59,6 @@ def about(base: Base, goal: Task, adapter: Adapter, data: Splits[Any], learned: 
     """What was trained, on what, with what. `learned` numbers did; of tied weights an adapter has both ends."""
     return {
         "base": base.name,
-        "base_parameters": sum(p.numel() for p in base.model.parameters()),
         "learned_parameters": learned,
         "adapter_parameters": adapter.n_parameters,
         "adapter_bytes": adapter.n_bytes,
