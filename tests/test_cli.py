@@ -264,7 +264,20 @@ BAD = [
     (["fit", "BASE", "DATA", "--out", "OUT", "--epochs", "0"], 2, ["epochs", "at least 1"]),
     (["fit", "BASE", "DATA", "--out", "OUT", "--method", "lorra"], 2, ["lorra", "lora"]),
     (["fit", "BASE", "DATA", "--out", "DATA/run"], 2, ["DATA/run"]),
-    (["predict", "BASE", "--say", "hi"], 1, ["adapter_model.safetensors"]),
+    (["predict", "BASE", "--say", "hi"], 1, ["BASE' is a model without an adapter; name a run of fit"]),
+    (["inspect", "MERGED"], 1, ["MERGED' is a merged model", "name the run that it was merged from"]),
+    (
+        ["predict", "STOPPED", "--say", "hi"],
+        1,
+        ["STOPPED' holds a run that was interrupted, and no adapter", "--resume"],
+    ),
+    (["evaluate", "STOPPED", "DATA"], 1, ["the same fit command with --resume goes on"]),
+    (
+        ["merge", "BEGUN", "--out", "OUT"],
+        1,
+        ["ended before its first checkpoint, and no adapter; fit it anew with --over"],
+    ),
+    (["convert", "EMPTY", "--to", "peft", "--out", "OUT"], 1, ["EMPTY' holds no adapter_model.safetensors"]),
     (["predict", "RUN"], 2, ["--say"]),
     (["evaluate", "RUN", "DATA", "--label", "text"], 1, ["text and label are both 'text'"]),
     (["evaluate", "RUN", "DATA", "--limit", "3"], 2, ["--limit goes with --harness TASK"]),
@@ -292,6 +305,15 @@ def test_bad_input_gets_one_sentence_and_the_right_exit_code(place, capsys, tmp_
         lk.collect(model).save(tmp_path / "plain")
     names = {"BASE": place / "base", "DATA": place / "data.csv", "RUN": place / "run", "PLAIN": tmp_path / "plain"}
     names["OUT"] = tmp_path / "out"
+    for name, file in (
+        ("MERGED", "lorakit_task.json"),
+        ("STOPPED", "checkpoint/state.json"),
+        ("BEGUN", "records.jsonl"),
+        ("EMPTY", "note"),
+    ):
+        names[name] = tmp_path / name.lower()
+        (names[name] / file).parent.mkdir(parents=True)
+        (names[name] / file).touch()
 
     def real(word):
         for name, path in names.items():

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 
 import lorakit as lk
-from lorakit.errors import FitError, UsageError
+from lorakit.errors import AdapterError, FitError, UsageError
 from tiny_text import small_task
 
 place, base, data = small_task(180)
@@ -62,6 +62,8 @@ def test_a_directory_that_is_written_is_refused_until_its_run_ends(base, data, t
         with pytest.raises(UsageError) as refused:
             lk.fit(base, data, out=tmp_path / "run", max_steps=1, **way)
         told.append(str(refused.value))
+        with pytest.raises(AdapterError, match=f"is being written by process {os.getpid()}, and has no adapter yet"):
+            lk.predict(tmp_path / "run", ["i like rain"])
 
     lk.fit(base, data, out=tmp_path / "run", max_steps=2, checkpoint_steps=1, watch=watch)
     assert len(told) >= 3

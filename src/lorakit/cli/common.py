@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 _USUAL = 80, 24  # columns and rows of a terminal that does not tell them
@@ -165,14 +164,6 @@ def flags_for(task: Any, args: argparse.Namespace, names: Iterable[str], known: 
 def columns_for(task: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The named columns, as arguments of the task's `read`."""
     return flags_for(task, args, (*COLUMNS, *FORMS), task.columns)
-
-
-def open_adapter(path: str) -> Any:
-    """The adapter in this directory, or in the run directory of this name."""
-    from lorakit.adapter import WEIGHTS, load
-
-    inner = Path(path) / "adapter"
-    return load(inner if (inner / WEIGHTS).is_file() else path)
 
 
 def speaks() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.cli import Reply
-from lorakit.cli.common import open_adapter, size
+from lorakit.cli.common import size
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit import peft_format
     from lorakit.adapter import CONFIG, NOTES, WEIGHTS
     from lorakit.errors import AdapterError, UsageError
+    from lorakit.fit.use import adapter_in
 
     out = Path(args.out)
-    adapter = open_adapter(args.adapter)
+    adapter = adapter_in(args.adapter)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; name another directory")
     if args.dtype:

@@ -6,7 +6,6 @@ example: lorakit inspect runs/demo --base minilm
 import argparse
 
 from lorakit.cli import Reply
-from lorakit.cli.common import open_adapter
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, looks, prints a table."""
-    from lorakit.fit.use import load_base_of
+    from lorakit.fit.use import adapter_in, load_base_of
     from lorakit.inspect import inspect
 
-    adapter = open_adapter(args.adapter)
+    adapter = adapter_in(args.adapter)
     view = inspect(adapter, load_base_of(adapter, args.base).model if args.base else None)
     return Reply(str(view), view.values())

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import open_adapter, size
+from lorakit.cli.common import size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.attach import attach, merge
     from lorakit.errors import UsageError
     from lorakit.files import replaced_directory, write_json, write_tensors
-    from lorakit.fit.use import HEAD_FILE, TASK, load_base_of
+    from lorakit.fit.use import HEAD_FILE, TASK, adapter_in, load_base_of
     from lorakit.tasks.task import task_of
 
     out = Path(args.out)
     if out.exists():
         raise UsageError(f"'{out}' exists already; name another directory")
-    adapter = open_adapter(args.adapter)
+    adapter = adapter_in(args.adapter)
     base = load_base_of(adapter, args.base)
     note = adapter.meta.get("task")
     name = ""

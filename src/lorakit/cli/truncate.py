@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import Reply
-from lorakit.cli.common import open_adapter, size
+from lorakit.cli.common import size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +24,12 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, truncates, saves."""
     from lorakit.algebra.truncate import truncate
     from lorakit.errors import UsageError
+    from lorakit.fit.use import adapter_in
 
     out = Path(args.out)
     if out.exists():
         raise UsageError(f"'{out}' exists already; name another directory")
-    adapter = open_adapter(args.adapter)
+    adapter = adapter_in(args.adapter)
     small = truncate(adapter, rank=args.rank, energy=args.energy)
     small.save(out)
     ranks = sorted({layer.rank for layer in small.layers.values()})

@@ -105,6 +105,17 @@ def alone_in(place: Path | None, resume: bool, overwrite: bool) -> Iterator[None
             place.rmdir()
 
 
+def unfinished(place: Path) -> str:
+    """What a run directory without an adapter is and what to do, in words; "" for what is none."""
+    if who := writer(place):
+        return f"is being written by {who}, and has no adapter yet; wait for its end"
+    if not _is_run(place):
+        return ""
+    goes_on = (place / "checkpoint").is_dir()
+    way = "the same fit command with --resume goes on" if goes_on else "fit it anew with --overwrite"
+    return f"{_state(place)}, and no adapter; {way}"
+
+
 def clear(place: Path) -> None:
     """Empties the directory of the run that is to be replaced."""
     for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):

@@ -21,6 +21,7 @@ from lorakit.data.streamed import Streamed, joined
 from lorakit.device import resolve_device
 from lorakit.errors import AdapterError, DataError, UsageError, nearest
 from lorakit.files import read_json, read_tensors
+from lorakit.fit.directory import unfinished
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
 from lorakit.tasks.base import Base, load_base
@@ -38,15 +39,31 @@ def open_run(path: str | Path) -> tuple[Adapter, Task]:
     if (place / TASK).is_file():  # a merged model: nothing to adapt, only its head, where the task has one
         head = read_tensors(place / HEAD_FILE) if (place / HEAD_FILE).is_file() else {}
         return Adapter({}, head, {"base_name": str(place)}), task_of(read_json(place / TASK))
-    if (place / "adapter" / WEIGHTS).is_file():
-        place = place / "adapter"
-    adapter = load(place)
+    adapter = adapter_in(place)
     note = adapter.meta.get("task")
     if not note:
         raise AdapterError(
             f"'{place}' does not say which task it was trained for; use the run directory that its fit wrote"
         )
     return adapter, task_of(note)
+
+
+def adapter_in(path: str | Path) -> Adapter:
+    """The adapter of a run directory, or in this adapter directory. AdapterError says what else a directory is."""
+    place = Path(path)
+    if (place / "adapter" / WEIGHTS).is_file():
+        return load(place / "adapter")
+    if (place / WEIGHTS).is_file():
+        return load(place)
+    if (place / TASK).is_file():
+        raise AdapterError(
+            f"'{place}' is a merged model: its adapter is in its weights; name the run that it was merged from"
+        )
+    if state := unfinished(place):
+        raise AdapterError(f"'{place}' {state}")
+    if (place / "config.json").is_file():
+        raise AdapterError(f"'{place}' is a model without an adapter; name a run of fit, or an adapter directory")
+    return load(place)
 
 
 def opened_run(run: Run) -> tuple[Adapter, Task]:
