@@ -212,12 +212,12 @@ def test_every_fault_of_an_adapter_is_said_before_anything_is_changed() -> None:
     wrong = with_layer(wrong, "conv", kind="linear")
     wrong = with_layer(wrong, "attn.out_proj", factors={**adapter.layers["attn.out_proj"].factors, "c": torch.ones(1)})
     wrong = with_layer(wrong, "embed", factors={**adapter.layers["embed"].factors, "a0": torch.ones(2, 11)})
-    wrong = Adapter({**wrong.layers, "gone": adapter.layers["up"]})
+    wrong = Adapter({**wrong.layers, "gone": adapter.layers["up"]}, meta={"base_name": "my/net"})
     model = net()
     with unchanged(model), pytest.raises(AdapterError) as caught:
         lk.attach(model, wrong)
     message = str(caught.value)
-    assert "the adapter does not fit this Net: 6 faults" in message
+    assert "the adapter (made on 'my/net') does not fit this Net: 6 faults" in message
     for words in [
         "'up' (12 x 8): factor 'a' is (2, 3); it must be (2, 8)",
         "'down' lacks factor 'b'",
@@ -650,10 +650,12 @@ def test_an_adapter_made_for_other_weights_is_refused() -> None:
     with (
         unchanged(other),
         pytest.raises(
-            BaseMismatchError, match=r"made for other weights than this Net has .*'my/net'.* check_base=False"
+            BaseMismatchError, match=r"\(made on 'my/net'\) was made for other weights than this Net has; .* check_base"
         ),
     ):
         lk.attach(other, adapted().with_meta(base_name="my/net"))
+    with pytest.raises(BaseMismatchError, match=r"\(made on 'my/net'\) .* pass that base"):
+        lk.inspect(adapted().with_meta(base_name="my/net"), other)
     lk.attach(other, adapted(), check_base=False)
 
 

@@ -58,8 +58,13 @@ def places_of(
             f"e.g. '{next(iter(adapter.layers))}'; it was made for {adapter.base_name or 'another architecture'}"
         )
     if faults:
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}: {listed(faults)}")
+        raise AdapterError(f"the adapter{made_on(adapter)} does not fit this {type(model).__name__}: {listed(faults)}")
     return places
+
+
+def made_on(adapter: Adapter) -> str:
+    """Which base it was made on, to stand behind its name; "" where it does not say."""
+    return f" (made on '{adapter.base_name}')" if adapter.base_name else ""
 
 
 def _misfits(layer: AdaptedLayer, spec: LayerSpec) -> list[str]:
@@ -148,7 +153,7 @@ def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Modul
         else:
             found[name] = (holder, owner_of(model, holder, host))
     if faults:
-        raise AdapterError(f"the adapter does not fit this {type(model).__name__}: {listed(faults)}")
+        raise AdapterError(f"the adapter{made_on(adapter)} does not fit this {type(model).__name__}: {listed(faults)}")
     return found
 
 
@@ -156,7 +161,6 @@ def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -
     wanted = adapter.base_fingerprint
     if wanted and not same_base(wanted, fingerprint((place.path, place.found.weight) for place in places)):
         raise BaseMismatchError(
-            f"this adapter was made for other weights than this {type(model).__name__} has"
-            f"{f' (it was made on {adapter.base_name!r})' if adapter.base_name else ''}; load that base, "
-            "or (Python) pass check_base=False if the difference is meant (e.g. a quantized base)"
+            f"this adapter{made_on(adapter)} was made for other weights than this {type(model).__name__} has; load "
+            "that base, or (Python) pass check_base=False if the difference is meant (e.g. a quantized base)"
         )

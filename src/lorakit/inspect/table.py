@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.adapter import Adapter, refuse_broken, same_base
 from lorakit.attach import base_fingerprint
+from lorakit.attach.places import made_on
 from lorakit.describe import locate
 from lorakit.errors import AdapterError, BaseMismatchError
 from lorakit.linalg import effective_rank, energy_rank, product_svd, stable_rank
@@ -93,7 +94,9 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
     refuse_broken(adapter, "the adapter")
     known = adapter.base_fingerprint
     if model is not None and check_base and known and not same_base(known, base_fingerprint(model, adapter.layers)):
-        raise BaseMismatchError("this adapter was made for other weights than the given model has; pass that base")
+        raise BaseMismatchError(
+            f"this adapter{made_on(adapter)} was made for other weights than the given model has; pass that base"
+        )
     views = [_view(path, layer, model) for path, layer in adapter.layers.items()]
     total = sum(view.norm**2 for view in views if view.norm is not None)
     if total > 0 and all(view.norm is not None for view in views):
