@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import lorakit as lk
-from lorakit.errors import FitError, LorakitError, UsageError
+from lorakit.errors import DataError, FitError, LorakitError, UsageError
 from lorakit.tasks.base import Base, load_base
 from tiny_image import tiny_vit
 from tiny_text import small_task, tiny_bert
@@ -121,3 +121,19 @@ def test_wishes_that_mean_nothing_for_a_base_are_refused(place):
         load_base("a+b", head="both", pool="cls", max_length=8)
     with pytest.raises(UsageError, match="head 'vision' takes no source_prefix"):
         load_base("a", head="vision", source_prefix="b")
+
+
+def test_a_long_text_brings_no_warning_of_transformers_beside_our_own_words(place, base, monkeypatch):
+    from transformers import AutoTokenizer, tokenization_utils_base
+
+    warned = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *_: warned.append(text))
+    plain, long = AutoTokenizer.from_pretrained(place / "base"), "rain " * 200
+    rows = {"train": [{"text": f"{long} {k}", "label": "ab"[k % 2]} for k in range(40)]}
+    known = Base(base.model, AutoTokenizer.from_pretrained(place / "base"), "own", "cls", base.max_length)
+    for found in (load_base(str(place / "base")), known):
+        with pytest.raises(DataError, match="it has 203 tokens, and 24 are the most"):
+            lk.fit(found, rows, max_steps=1)
+    assert warned == []
+    plain(long)
+    assert "longer than the specified maximum" in warned[0]

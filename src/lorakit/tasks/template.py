@@ -134,7 +134,7 @@ class Template:
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of each text, without what the tokenizer would put around it."""
         given = list(texts)
-        return list(self.tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]) if given else []
+        return list(self.tokenizer(given, add_special_tokens=False)["input_ids"]) if given else []
 
     def _text(self, pieces: Sequence[tuple[Piece, list[int]]]) -> Text:
         ids: list[int] = [] if self.chat else list(self.begin)
