@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from importlib import import_module
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_what_cannot_be_used_is_told(place, base, data, result):
     assert lk.predict(place / "run", long, truncate=True)[0].answer in ("rain", "soup", "rain soup")
 
 
-def test_the_verbs(place, data, result, capsys, tmp_path):
+def test_the_verbs(place, data, result, capsys, tmp_path, monkeypatch):
     def told(*words):
         code = main([str(word) for word in words])
         streams = capsys.readouterr()
@@ -266,6 +267,12 @@ def test_the_verbs(place, data, result, capsys, tmp_path):
     assert "held-out f1" in out and "exact match" in out
     assert told("predict", place / "run", "--say", "like very? rain soup saw").endswith("%  soup\n")
     assert len(json.loads(told("predict", place / "run", place / "one.json", "--json"))) == 160
+    rows = [{"question": "like very?", "context": "rain soup saw " * 20}] * 3
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as often:
+        often.setattr(import_module("lorakit.cli.common"), "_PAUSE_S", 0.0)
+        assert main(["predict", str(place / "run"), str(tmp_path / "long.jsonl")]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "3 of 3 rows"  # of which each has many windows
     metrics = json.loads(told("evaluate", place / "run", place / "one.json", "--json"))
     told("merge", place / "run", "--out", tmp_path / "merged")
     merged = json.loads(told("evaluate", tmp_path / "merged", place / "one.json", "--json"))

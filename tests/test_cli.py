@@ -241,6 +241,8 @@ def test_progress_is_a_bar_on_a_terminal_and_now_and_then_a_line_in_a_pipe(capsy
     move = common.bar(30_000, "row")
     move(1_200, 30_000)
     assert capsys.readouterr().err == "1,200 of 30,000 rows\n"
+    common.bar(6, "row")(12, 24)  # windows
+    assert capsys.readouterr().err == "3 of 6 rows\n"
     monkeypatch.setattr(common, "_PAUSE_S", 60.0)
     common.bar(30_000, "row")(1_200, 30_000)
     assert capsys.readouterr().err == ""
@@ -376,6 +378,16 @@ def test_an_interrupt_is_not_a_traceback(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(import_module("lorakit.cli.doctor"), "run", stop)
     code, _, err = told(capsys, "doctor")
     assert (code, err) == (130, "lorakit: interrupted\n")
+
+
+@pytest.mark.parametrize(("code", "heard"), [(130, "said"), (1, "said late\n")])
+def test_an_interrupted_process_does_not_wait_for_the_end_of_python(code, heard):
+    script = (
+        "import atexit; import lorakit.__main__ as own; atexit.register(print, ' late')\n"
+        f"own.main = lambda: {code}; print('said', end=''); own.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, heard, "")
 
 
 def test_doctor_names_every_extra(capsys):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from lorakit._version import __version__
 from lorakit.errors import LorakitError, StoppedError, UsageError, nearest
 
+INTERRUPTED = 130  # exit code: 128 and the number of SIGINT, as shells have it
 _OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
 
 VERBS = {
@@ -102,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         _complain("interrupted")
-        return 130
+        return INTERRUPTED
     except LorakitError as error:
         _complain(str(error))
-        return 2 if isinstance(error, UsageError) else 130 if isinstance(error, StoppedError) else 1
+        return 2 if isinstance(error, UsageError) else INTERRUPTED if isinstance(error, StoppedError) else 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise

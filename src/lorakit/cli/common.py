@@ -201,11 +201,15 @@ def progress(n_total: int, unit: str) -> Callable[[int, str], None] | None:
 
 
 def bar(n_total: int, unit: str) -> Callable[[int, int], None]:
-    """`progress` for whoever tells how many are done, and of how many; in a pipe a line every ten seconds."""
+    """`progress` for whoever tells how many are done, and of how many; in a pipe a line every ten seconds.
+
+    Those that are told may be others, windows of the rows: their share of all is that of the units.
+    """
     move, last = progress(n_total, unit), time.monotonic()
 
-    def tell(done: int, _: int) -> None:
+    def tell(told: int, of: int) -> None:
         nonlocal last
+        done = n_total * told // of
         if move is not None:
             move(done, "")
         elif time.monotonic() - last >= _PAUSE_S:

@@ -91,15 +91,16 @@ def _answers(opened: Any, rows: Any, options: dict[str, Any], shows: bool) -> It
     from lorakit.fit.use import predictions
 
     tell = bar(len(rows), "row") if shows else None
-    done = 0  # rows of the parts before
+    done = size = 0  # rows of the parts before, and of this one
 
     def parts() -> Iterator[Any]:
-        nonlocal done
+        nonlocal done, size
         for part in rows.chunks():
+            size = len(part)
             yield part
-            done += len(part)
+            done += size
 
-    watch = None if tell is None else lambda now, _: tell(done + now, len(rows))
+    watch = None if tell is None else lambda now, of: tell(done + size * now // of, len(rows))
     yield from predictions(opened, parts(), watch=watch, **options)
 
 
