@@ -81,13 +81,15 @@ def load_captioned(
 ) -> Captioned:
     """The rows of one table, also in memory; `labels=False` reads no labels. DataError names every row that cannot be
     used, and why."""
-    name, columns = str(source), open_table(source)[0]
+    name, (columns, table) = str(source), open_table(source)
     of_image = column_of(name, columns, image, IMAGE_NAMES, "image")
     of_label = column_of(name, columns, label, LABEL_NAMES, "label") if labels else ""
     of_text = text_column(name, columns, text)
     apart(name, ("image", of_image), ("text", of_text), ("label", of_label))
-    texts = load_rows(source, text=of_text, label=of_label or None, labels=labels)
-    images = load_images(source, image=of_image, labels=False)
+    numbered = list(table)  # for both halves it is read once
+    held = Memory([row for _, row in numbered], name, columns, [line for line, _ in numbered])
+    texts = load_rows(held, text=of_text, label=of_label or None, labels=labels)
+    images = load_images(held, image=of_image, labels=False)
     both = {*images.lines} & {*texts.lines}  # of each half other rows may have been left out
     if not both:
         raise NoRowsError(f"'{source}': no row has an image and a text that can be used")

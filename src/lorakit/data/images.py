@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lorakit.data.cells import label_in
 from lorakit.data.faults import leave_out
 from lorakit.data.memory import Memory
-from lorakit.data.pictures import Picture, digest, from_cell, from_python
+from lorakit.data.pictures import Picture, as_bytes, digest, from_cell, from_python
 from lorakit.data.rows import Part, Rows, at
 from lorakit.data.sources import PARTS, apart, column_of
 from lorakit.data.tables import DEMO, inside, is_dataset, open_table
@@ -233,7 +233,7 @@ def _of_archive(name: str, labels: bool) -> Images:
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # damaged, or of Python objects
             raise DataError(f"'{name}': array '{hit}' cannot be read ({error})") from None
 
-    pixels = _as_bytes(array(_IMAGE_KEYS, "images"), name)
+    pixels = _stacked(array(_IMAGE_KEYS, "images"), name)
     if not labels:
         return _of_arrays(name, pixels, None)
     found = np.asarray(array(_LABEL_KEYS, "labels")).reshape(-1)
@@ -242,18 +242,18 @@ def _of_archive(name: str, labels: bool) -> Images:
     return _of_arrays(name, pixels, tuple(map(str, found.tolist())))
 
 
-def _as_bytes(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
+def _stacked(pixels: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """`(n, height, width)` or `(n, height, width, channels)`, 0 to 255."""
     if pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4) and pixels.shape[1] in (1, 3, 4):
         pixels = np.moveaxis(pixels, 1, 3)
-    floats = pixels.dtype.kind == "f" and pixels.size and float(pixels.min()) >= 0 and float(pixels.max()) <= 1
-    if pixels.ndim not in (3, 4) or not (floats or pixels.dtype == np.uint8) or not len(pixels):
+    found = as_bytes(pixels)
+    if pixels.ndim not in (3, 4) or found.dtype != np.uint8 or not len(pixels):
         shape = " x ".join(map(str, pixels.shape))
         raise DataError(
             f"'{name}': its images are {pixels.dtype} {shape}; they must be (images, height, width) or (images, "
             "height, width, channels), uint8 from 0 to 255 or floats from 0 to 1"
         )
-    return np.rint(pixels * 255).astype(np.uint8) if floats else pixels
+    return found
 
 
 def _of_arrays(name: str, pixels: NDArray[np.uint8], labels: tuple[str, ...] | None) -> Images:

@@ -98,11 +98,15 @@ def from_python(one: Any, name: str) -> Picture:
         raise DataError(f"{name} {error}") from None
 
 
+def as_bytes(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Floats from 0 to 1 as 0 to 255; all else as it is."""
+    floats = pixels.dtype.kind == "f" and pixels.size and float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    return np.rint(pixels * 255).astype(np.uint8) if floats else pixels
+
+
 def _pixels(one: Any) -> NDArray[np.uint8]:
     """Of an image of Pillow, an array or a tensor. DataError continues its name."""
-    array = np.asarray(_plain(one) if hasattr(one, "getbands") else one)
-    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
-        array = np.rint(array * 255).astype(np.uint8)
+    array = as_bytes(np.asarray(_plain(one) if hasattr(one, "getbands") else one))
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise DataError(
             f"is {array.dtype} {' x '.join(map(str, array.shape))}; give a path, the bytes of a file, a Pillow image, "

@@ -31,6 +31,7 @@ Opened = tuple[list[str], Callable[[], Table]]  # columns, and rows as often as 
 Reads = Callable[[Path], bool]
 _AT_ONCE = 1024  # rows that pyarrow makes Python values of together
 _SAMPLE = 1 << 22  # bytes of text that tell how well a file was packed
+_JSON = json.JSONDecoder(parse_constant=lambda word: None if word == "NaN" else float(word))  # cells are `plain`
 _FIELD = 1 << 27  # characters in a cell of CSV, at the most: beyond it a quote was left open
 
 
@@ -43,27 +44,8 @@ def open_table(source: str | Path | Memory, also: Reads | None = None) -> tuple[
 
 def opened(source: str | Path | Memory, also: Reads | None = None) -> Opened:
     """Column names of one table, and what gives its rows from the first on, again and again; cells are `plain`."""
-    columns, rows = _opened(source, also)
-    return columns, lambda: ((n, {key: plain(value) for key, value in row.items()}) for n, row in rows())
-
-
-def inside(folder: Path, also: Reads | None = None) -> tuple[str, str]:
-    """What a directory holds that can be read by itself, and the way out for who wants one table: to name it. Empty
-    texts if it holds none. `also` tells of a file or folder whether it can be read beside tables."""
-    names = [
-        entry.name
-        for entry in sorted(folder.iterdir())
-        if _suffix(entry) in _READERS or is_dataset(entry) or (also is not None and also(entry))
-    ]
-    if not names:
-        return "", ""
-    one = folder / max(names, key=lambda name: name.startswith("test"))
-    return ", ".join(names[:4] + ["..."] * (len(names) > 4)), f"; name one of them, as '{one}'"
-
-
-def _opened(source: str | Path | Memory, also: Reads | None) -> Opened:
     if isinstance(source, Memory):
-        return source.columns, lambda: iter(source.rows)
+        return source.columns, lambda: ((n, plain(row)) for n, row in source.rows)
     name = str(source)
     if name.startswith(DEMO):
         return _demo(name.removeprefix(DEMO))
@@ -81,6 +63,20 @@ def _opened(source: str | Path | Memory, also: Reads | None) -> Opened:
         raise DataError(f"'{path}': files ending in '{_suffix(path)}' are not read; use {', '.join(SUFFIXES)}")
     with _named(path):
         return reader(path)
+
+
+def inside(folder: Path, also: Reads | None = None) -> tuple[str, str]:
+    """What a directory holds that can be read by itself, and the way out for who wants one table: to name it. Empty
+    texts if it holds none. `also` tells of a file or folder whether it can be read beside tables."""
+    names = [
+        entry.name
+        for entry in sorted(folder.iterdir())
+        if _suffix(entry) in _READERS or is_dataset(entry) or (also is not None and also(entry))
+    ]
+    if not names:
+        return "", ""
+    one = folder / max(names, key=lambda name: name.startswith("test"))
+    return ", ".join(names[:4] + ["..."] * (len(names) > 4)), f"; name one of them, as '{one}'"
 
 
 def usable_rows(
@@ -264,7 +260,7 @@ def _read_json_lines(path: Path) -> Opened:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     try:
-                        yield number, json.loads(line)
+                        yield number, _JSON.decode(line)
                     except json.JSONDecodeError as error:
                         yield number, error
 
@@ -285,7 +281,7 @@ def _read_json_lines(path: Path) -> Opened:
 
 def _of_list(path: Path) -> Callable[[], Iterator[tuple[int, Any]]]:
     try:
-        whole = json.loads(_text(path))
+        whole = _JSON.decode(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(whole, list):
@@ -304,7 +300,7 @@ def _arrow() -> Any:
 
 def _counted(batches: Iterator[Any]) -> Table:
     """Rows of pyarrow's batches, by number."""
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    return enumerate((plain(row) for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _read_parquet(path: Path) -> Opened:

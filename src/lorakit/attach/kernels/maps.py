@@ -74,9 +74,11 @@ def _functions() -> tuple[Any, Any] | None:
 def _table(*what: Any) -> Tensor:
     """The same from those that are kept, as many as `_KEPT` places allow."""
     found = _tables.pop(what, None)
-    _tables[what] = found = _made_table(*what) if found is None else found
-    while sum(table.numel() for table in _tables.values()) > _KEPT:
-        del _tables[next(iter(_tables))]
+    if found is None:
+        found = _made_table(*what)
+        while found.numel() + sum(table.numel() for table in _tables.values()) > _KEPT:
+            del _tables[next(iter(_tables))]
+    _tables[what] = found
     return found
 
 
