@@ -349,7 +349,7 @@ REAL = os.environ.get("LORAKIT_DATA", "")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (Path(REAL) / "gsm8k").is_dir(), reason="LORAKIT_DATA does not lead to the real data")
+@pytest.mark.skipif(not (Path(REAL) / "gsm8k").is_dir(), reason="runs where LORAKIT_DATA leads to the real data")
 @pytest.mark.parametrize("name", ["gsm8k", "e2e_official"])
 def test_real_instruction_data_is_read_and_learned_from(name):
     if name == "gsm8k":
@@ -368,8 +368,6 @@ def test_real_instruction_data_is_read_and_learned_from(name):
 
 
 def test_evaluate_measures_what_is_written_where_it_is_asked_to(place, data, run):
-    pytest.importorskip("sacrebleu", reason="without the extra translate")
-    pytest.importorskip("rouge_score", reason="without the extra translate")
     from sacrebleu.metrics import BLEU
 
     rows = Dialogues(

@@ -15,7 +15,7 @@ from lorakit.trunk import place_of
 from tiny_chat import CHATML, causal, chat_table, tokenizer
 from tiny_text import small_task
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU; runs where torch sees one")
 place, base, data = small_task(180)
 QUICK = {"epochs": 3, "batch_size": 8, "learning_rate": 5e-3}
 
@@ -84,7 +84,7 @@ def test_packed_attention_there_is_that_of_float64(scores):
 
 def test_kernels_and_torch_give_the_same_gradients_of_pairs_there(monkeypatch):
     if not has_triton(torch.device("cuda", 0)):
-        pytest.skip("no Triton for this GPU")
+        pytest.skip("no Triton for this GPU; runs on those of capability 8.0 and more, where it is installed")
     n, i, o, r = 333, 200, 170, 16
     x, dx, a, b, dy = (
         torch.randn(*shape, device="cuda").bfloat16() for shape in ((n, i), (n, i), (r, i), (r, o), (n, o))

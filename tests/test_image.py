@@ -116,7 +116,6 @@ def test_it_learns_and_leaves_the_base_as_it_was(place, data, name, dtype):
 
 
 def test_digits_are_learned_by_a_small_network():
-    pytest.importorskip("sklearn")
     data = load_splits("demo:digits", read=Image.read)
     base = cnn_base(channels=1)  # nothing but random convolutions: what is learned is in rank 8 and the head
     result = lk.fit(base, data, "image", epochs=6, learning_rate=2e-2, batch_size=32)

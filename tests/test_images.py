@@ -295,7 +295,6 @@ def test_python_values_that_are_no_images_are_refused():
 
 
 def test_the_demo_has_its_digits():
-    pytest.importorskip("sklearn")
     rows = load_images("demo:digits")
     assert len(rows) == 1797 and len(set(rows.labels)) == 10
     assert rows.images[0].shape == (8, 8) and rows.images[0].max() > 200

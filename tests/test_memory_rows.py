@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas
 import pytest
 
 import lorakit as lk
@@ -49,7 +50,8 @@ class Frame:
 
 
 def test_a_dataset_is_read_with_the_names_of_its_labels(rows):
-    datasets = pytest.importorskip("datasets", reason="runs where datasets is installed")
+    import datasets
+
     names = sorted({row["label"] for row in rows})
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     made = datasets.Dataset.from_list([{**row, "label": names.index(row["label"])} for row in rows], features=features)
@@ -85,7 +87,6 @@ def test_a_cell_that_is_not_a_number_is_an_empty_one(frame):
     def made(columns):
         if not frame:
             return in_memory(columns)
-        pandas = pytest.importorskip("pandas", reason="runs where pandas is installed")
         return in_memory(pandas.DataFrame(columns))
 
     assert load_dialogues(made(ALPACA)).inputs == ("Add.\n\n2 2", "Sing.")
@@ -99,7 +100,6 @@ def test_a_cell_that_is_not_a_number_is_an_empty_one(frame):
 
 
 def test_what_pandas_says_is_absent_is_so():
-    pandas = pytest.importorskip("pandas", reason="runs where pandas is installed")
     rows = {"user": ["a", pandas.NA], "item": ["x", "y"], "time": [pandas.Timestamp("2026-01-31"), pandas.NaT]}
     with pytest.raises(DataError, match="row 2: column 'user' is empty"):
         load_interactions(in_memory(pandas.DataFrame(rows)))

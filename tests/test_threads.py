@@ -83,7 +83,9 @@ print(processors(), choose_threads(None, None))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not tell the affinity")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system does not tell the affinity; runs on Linux"
+)
 @pytest.mark.slow  # a process that imports torch
 def test_one_processor_gives_one_thread():
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}

@@ -237,7 +237,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(place: Path, data: Splits
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_logits(place: Path, run: dict[str, Any]) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForSeq2SeqLM
 
     config = json.loads((place / "run" / "adapter" / "adapter_config.json").read_text())
@@ -322,8 +322,9 @@ def test_what_a_base_says_may_be_written_is_kept() -> None:
 def test_evaluate_measures_what_is_written(
     place: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    import sacrebleu
+    from rouge_score import rouge_scorer as scorer
+
     rows = load_translations(place / "data.jsonl")
     found = lk.evaluate(place / "run", rows)
     targets: dict[str, list[str]] = {}
@@ -365,8 +366,8 @@ def test_without_the_extra_evaluate_says_what_is_missing(
 
 
 def test_the_interval_of_bleu_is_that_of_resampled_corpora() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
     import numpy as np
+    import sacrebleu
 
     answers = ["the cat sat on the mat", "a dog ran", "it rains today in the town", "snow falls on the hill"]
     known = [
@@ -439,7 +440,7 @@ def test_a_plain_adapter_from_its_directory_finds_its_base(place: Path, run: dic
 E2E = Path(os.environ.get("LORAKIT_DATA", "nowhere")) / "e2e_official" / "devset.csv.gz"
 
 
-@pytest.mark.skipif(not E2E.is_file(), reason="needs LORAKIT_DATA")
+@pytest.mark.skipif(not E2E.is_file(), reason="runs where LORAKIT_DATA leads to the real data")
 def test_a_real_table_is_read() -> None:
     rows = load_translations(E2E)
     assert len(rows) == 4672

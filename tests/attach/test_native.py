@@ -73,11 +73,11 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc; runs on Linux")
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4])
 def test_they_run_on_as_many_threads_as_torch_is_set_to(n: int) -> None:
     if native.library() is None:
-        pytest.skip(native.reason())
+        pytest.skip(f"{native.reason()}; runs where a C compiler is found")
     command = [sys.executable, "-c", THREADS, str(n)]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == n - 1

@@ -18,7 +18,7 @@ from lorakit.attach.kernels import thin
 from lorakit.attach.kernels.lora import Layer, lora_group
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'lorakit[gpu]'"
+    importlib.util.find_spec("triton") is None, reason="Triton is not for this system; runs on Linux (lorakit[gpu])"
 )
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SHAPES = [  # rows, inputs, outputs of each layer, their ranks
