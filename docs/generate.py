@@ -38,11 +38,13 @@ def methods_page() -> str:
     lines = ["# Methods, starts, kinds", "", "Written by docs/generate.py from the registries.", "", "## Methods", ""]
     lines += [row("method", "delta of W", "numbers", "frozen", "when", "PEFT", "source"), row(*["---"] * 7)]
     for method in sorted(METHODS, key=lambda m: m.name):
-        frozen = "base" + (", frozen start" if method.frozen else "")
+        own = sorted(method.frozen - {"a0", "b0"})
+        frozen = ", ".join(["base", *(f"`{name}`" for name in own), *(["start"] if "a0" in method.frozen else [])])
         peft = method.peft_type or "none"
         lines.append(
             row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, peft, method.source)
         )
+    lines += ["", "`start`: the frozen copy of a start whose product is not zero. No rank: ia3."]
     lines += ["", "## Starts", "", row("start", "`b @ a` is zero", "when", "source"), row(*["---"] * 4)]
     for start in sorted(STARTS, key=lambda s: s.name):
         lines.append(

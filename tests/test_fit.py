@@ -14,6 +14,7 @@ from lorakit.data import load_rows
 from lorakit.errors import DataError, FitError, LorakitError, NoEffectError, PlanError, UsageError
 from lorakit.fit.loop import learning_rate
 from lorakit.fit.settings import Settings, make_settings
+from lorakit.method import METHODS
 from lorakit.tasks.base import load_base
 from lorakit.tasks.task import task_of
 from tiny_text import small_task, tiny_bert
@@ -21,6 +22,7 @@ from tiny_text import small_task, tiny_bert
 place, base, data = small_task(180)
 
 
+RATES = {"ia3": 5e-2, "fourier": 5e-2, "vera": 5e-2, "randlora": 5e-3}  # of those far from 1e-2
 QUICK = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3}
 
 
@@ -97,11 +99,10 @@ def test_the_adapter_of_a_run_gives_the_same_logits_in_peft(place, base, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", METHODS.names())
 def test_every_method_fits(base, data, method):
     plan = lk.plan(base.model, method=method, rank=4)
-    rate = 5e-2 if method == "ia3" else 1e-2
-    result = lk.fit(base, data, plan=plan, **{**QUICK, "learning_rate": rate, "epochs": 8})
+    result = lk.fit(base, data, plan=plan, **{**QUICK, "learning_rate": RATES.get(method, 1e-2), "epochs": 8})
     assert result.metrics["accuracy"] > 0.6
 
 

@@ -1,13 +1,17 @@
 """Methods and starts as pure functions, each against its paper's formula on dense matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.errors import PlanError
-from lorakit.method import METHODS, STARTS, Factors, layer_update
+from lorakit.linalg import effective_rank
+from lorakit.method import METHODS, STARTS, Factors, Held, layer_update
 from lorakit.plan import LayerPlan
+from lorakit.testing import perturb
 from lorakit.update import AdaptedLayer, LayerSpec
 
 OUT, IN, R = 7, 5, 2
@@ -23,7 +27,7 @@ def weight_of(spec: LayerSpec) -> Tensor:
 
 def pair(start: str, spec: LayerSpec, scale: float = 1.5, rank: int = R, seed: int = 0) -> tuple[Tensor, Tensor]:
     weight = weight_of(spec)
-    return STARTS[start].pair(spec, rank, scale, lambda: weight, torch.Generator().manual_seed(seed))
+    return STARTS[start].pair(spec, rank, scale, Held(weight), torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- starts
@@ -92,8 +96,9 @@ def test_pissa_begins_at_the_best_approximation_of_the_weight(spec: LayerSpec, s
 
 def factors(method: str, spec: LayerSpec, start: str = "kaiming") -> Factors:
     """Fresh factors and noise, in float64."""
-    plan = LayerPlan(method, R if METHODS[method].takes_rank else 0, 1.5, start)
-    fresh = METHODS[method].init(spec, plan, lambda: weight_of(spec), torch.Generator().manual_seed(0))
+    entry = METHODS[method]
+    plan = LayerPlan(method, R if entry.takes_rank else 0, 1.5, start if entry.takes_start else "")
+    fresh = METHODS[method].init(spec, plan, Held(weight_of(spec)), torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     noise = {name: torch.randn(t.shape, generator=g, dtype=torch.float64) for name, t in fresh.items()}
     frozen = METHODS[method].frozen
@@ -103,14 +108,14 @@ def factors(method: str, spec: LayerSpec, start: str = "kaiming") -> Factors:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_lora_adds_the_scaled_product(spec: LayerSpec) -> None:
     f, weight = factors("lora", spec), weight_of(spec).double()
-    changed = METHODS["lora"].update(f, 1.5, lambda: weight).weight(weight)
+    changed = METHODS["lora"].update(f, 1.5, Held(weight)).weight(weight)
     assert torch.allclose(changed, weight + 1.5 * f["b"] @ f["a"], atol=1e-12)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_a_start_that_is_not_zero_is_subtracted(spec: LayerSpec) -> None:
     f, weight = factors("lora", spec, "pissa"), weight_of(spec).double()
-    changed = METHODS["lora"].update(f, 1.5, lambda: weight).weight(weight)
+    changed = METHODS["lora"].update(f, 1.5, Held(weight)).weight(weight)
     wanted = weight + 1.5 * (f["b"] @ f["a"] - f["b0"] @ f["a0"])
     assert torch.allclose(changed, wanted, atol=1e-12)
 
@@ -118,7 +123,7 @@ def test_a_start_that_is_not_zero_is_subtracted(spec: LayerSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_dora_sets_the_length_of_every_row(spec: LayerSpec) -> None:
     f, weight = factors("dora", spec), weight_of(spec).double()
-    changed = METHODS["dora"].update(f, 1.5, lambda: weight).weight(weight)
+    changed = METHODS["dora"].update(f, 1.5, Held(weight)).weight(weight)
     moved = weight + 1.5 * f["b"] @ f["a"]
     wanted = f["magnitude"].unsqueeze(-1) * moved / moved.norm(dim=-1, keepdim=True)
     assert torch.allclose(changed, wanted, atol=1e-12)
@@ -144,7 +149,7 @@ def test_dora_takes_the_length_as_a_constant_in_its_gradient() -> None:
     """Section 4.3 of the paper: dL/db is that of the numerator, times m over the length."""
     f, weight = factors("dora", SPECS["matrix"]), weight_of(SPECS["matrix"]).double()
     leaves = {name: t.clone().requires_grad_() for name, t in f.items()}
-    METHODS["dora"].update(leaves, 1.5, lambda: weight).weight(weight).square().sum().backward()
+    METHODS["dora"].update(leaves, 1.5, Held(weight)).weight(weight).square().sum().backward()
     moved = weight + 1.5 * f["b"] @ f["a"]
     ratio = (f["magnitude"] / moved.norm(dim=-1)).unsqueeze(-1)
     upstream = 2 * ratio * moved  # d(sum of squares)/dW'
@@ -157,7 +162,7 @@ def test_ia3_scales_outputs_or_the_inputs_of_the_matrix_that_ends_an_mlp(role: s
     spec = LayerSpec("x", "linear", (OUT, IN), (OUT, IN), role=role)
     f, weight, bias = factors("ia3", spec), weight_of(spec).double(), torch.randn(OUT, dtype=torch.float64)
     assert list(f) == [side]
-    update = METHODS["ia3"].update(f, 1.0, lambda: weight)
+    update = METHODS["ia3"].update(f, 1.0, Held(weight))
     gain = f[side]
     wanted = gain.unsqueeze(-1) * weight if side == "gain" else weight * gain
     assert torch.allclose(update.weight(weight), wanted)
@@ -170,7 +175,7 @@ def test_ia3_scales_outputs_or_the_inputs_of_the_matrix_that_ends_an_mlp(role: s
 def test_a_bias_on_the_outer_factor_is_scaled_with_it(method: str) -> None:
     f, weight = factors(method, SPECS["matrix"]), weight_of(SPECS["matrix"]).double()
     bias = torch.randn(OUT, dtype=torch.float64)
-    update = METHODS[method].update({**f, "bias": bias}, 1.5, lambda: weight)
+    update = METHODS[method].update({**f, "bias": bias}, 1.5, Held(weight))
     assert update.bias is not None
     assert torch.allclose(update.bias, 1.5 * bias)
 
@@ -180,10 +185,14 @@ def test_a_bias_on_the_outer_factor_is_scaled_with_it(method: str) -> None:
 def test_fresh_factors_change_nothing_and_have_the_declared_shapes_and_size(method: str, spec: LayerSpec) -> None:
     entry, weight = METHODS[method], weight_of(spec)
     rank = R if entry.takes_rank else 0
-    fresh = entry.init(spec, LayerPlan(method, rank, 1.5, "kaiming"), lambda: weight, torch.Generator())
+    plan = LayerPlan(method, rank, 1.5, "kaiming")
+    if entry.faults(spec, plan):
+        plan = replace(plan, rank=1)  # bone divides both sides by it, and 1 divides all
+    fresh, rank = entry.init(spec, plan, Held(weight), torch.Generator()), plan.rank
     assert {name: tuple(t.shape) for name, t in fresh.items()} == entry.shapes(spec, rank)
-    assert entry.size(spec, rank) == sum(t.numel() for t in fresh.values())
-    changed = entry.update(fresh, 1.5, lambda: weight).weight(weight)
+    assert entry.size(spec, rank) == sum(t.numel() for name, t in fresh.items() if name not in entry.frozen)
+    derived = entry.derived(fresh, tuple(weight.shape))
+    changed = entry.update({**fresh, **derived}, 1.5, Held(weight)).weight(weight)
     assert torch.allclose(changed, weight, rtol=1e-6)  # a length and its inverse: roundings of float32
 
 
@@ -195,7 +204,7 @@ def test_an_update_without_the_model_asks_for_it_only_where_it_needs_it() -> Non
     with pytest.raises(PlanError, match="method 'dora' needs the base weight to say its update; pass the model"):
         layer_update(layer("dora"))
     weight = weight_of(SPECS["matrix"]).double()
-    assert layer_update(layer("dora"), lambda: weight).gain is not None
+    assert layer_update(layer("dora"), Held(weight)).gain is not None
 
 
 @pytest.mark.parametrize(("rank", "words"), [(0, "use a whole number, 1 or more"), (6, "use rank <= 5")])
@@ -203,3 +212,35 @@ def test_ranks_that_cannot_be_are_faults(rank: int, words: str) -> None:
     (fault,) = METHODS["lora"].faults(SPECS["matrix"], LayerPlan(rank=rank))
     assert words in fault
     assert METHODS["lora"].faults(SPECS["matrix"], LayerPlan(rank=5)) == []
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_inspect_tells_the_spectrum_of_every_method_and_without_the_model_where_that_can_be(method: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
+    before = [layer.weight.detach().clone() for layer in model]
+    lk.attach(model, lk.plan(model, 2, method=method, scale=1.0))
+    perturb(model.double(), 0.1)
+    adapter = lk.collect(model)
+    lk.merge(model)
+    views = {True: lk.inspect(adapter, _restored(model, before), check_base=False), False: lk.inspect(adapter)}
+    for path, weight in zip("01", before):
+        exact = torch.linalg.svdvals(_merged(adapter, path, weight) - weight)
+        for told in views.values():
+            view = next(view for view in told.layers if view.path == path)
+            if view.norm is not None:
+                assert view.norm == pytest.approx(float(exact.square().sum().sqrt()), rel=1e-4)
+                assert view.effective_rank == pytest.approx(effective_rank(exact), rel=1e-3)
+    needs_model = METHODS[method].reads_weight or method in ("ia3", "ssf")
+    assert all((view.norm is None) == needs_model for view in views[False].layers)
+    assert all(view.norm is not None for view in views[True].layers)
+
+
+def _restored(model: nn.Sequential, weights: list[Tensor]) -> nn.Sequential:
+    with torch.no_grad():
+        for layer, weight in zip(model, weights):
+            layer.weight.copy_(weight)  # type: ignore[operator,union-attr]
+    return model
+
+
+def _merged(adapter: lk.Adapter, path: str, weight: Tensor) -> Tensor:
+    return layer_update(adapter.layers[path], Held(weight)).weight(weight)

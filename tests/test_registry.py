@@ -47,10 +47,13 @@ def test_every_entry_says_what_it_is_for_the_docs(entry: object) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS], ids=lambda method: method.name)
 def test_every_method_has_a_peft_twin_or_says_that_it_has_none(method: Method) -> None:
-    declared = vars(type(method))
-    assert "peft_type" in declared, "say peft_type = None where PEFT has no twin"
-    assert (method.peft_type is None) == (type(method).to_peft is Method.to_peft)
-    assert (method.peft_type is None) == (type(method).from_peft is Method.from_peft)
+    declared = [cls for cls in type(method).__mro__ if cls is not Method and "peft_type" in vars(cls)]
+    assert declared, "say peft_type = None where PEFT has no twin"
+    has_twin = method.peft_type is not None
+    assert has_twin == (type(method).to_peft is not Method.to_peft)
+    reads = type(method).from_peft is not Method.from_peft or type(method).read_peft is not Method.read_peft
+    assert has_twin == reads
+    assert has_twin == bool(method.peft_leaves)
 
 
 def test_classes_can_be_registered_whose_entries_are_made_later() -> None:

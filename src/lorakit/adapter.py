@@ -97,14 +97,18 @@ class Adapter:
 
     @property
     def n_parameters(self) -> int:
-        """All numbers it holds, frozen starts included."""
-        return sum(layer.n_parameters for layer in self.layers.values()) + sum(t.numel() for t in self.trained.values())
+        """All numbers it holds, frozen starts included; what layers share is counted once."""
+        return sum(tensor.numel() for tensor in self._tensors())
 
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = [factor for layer in self.layers.values() for factor in layer.factors.values()]
-        return sum(t.numel() * t.element_size() for t in [*tensors, *self.trained.values()])
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def _tensors(self) -> Iterable[Tensor]:
+        """Each once."""
+        factors = {id(factor): factor for layer in self.layers.values() for factor in layer.factors.values()}
+        return [*factors.values(), *self.trained.values()]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -137,12 +141,18 @@ class Adapter:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Adapter":
         """A copy on another device or in another precision."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:  # what is one tensor stays one; counts and places stay whole numbers
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            return moved[id(tensor)]
+
         layers = {
-            path: replace(layer, factors={name: t.to(device=device, dtype=dtype) for name, t in layer.factors.items()})
+            path: replace(layer, factors={name: move(tensor) for name, tensor in layer.factors.items()})
             for path, layer in self.layers.items()
         }
-        trained = {name: t.to(device=device, dtype=dtype) for name, t in self.trained.items()}
-        return replace(self, layers=layers, trained=trained)
+        return replace(self, layers=layers, trained={name: move(tensor) for name, tensor in self.trained.items()})
 
     def save(self, path: str | Path) -> None:
         """Writes the directory, whole or not at all; other files in it are kept."""
@@ -150,7 +160,7 @@ class Adapter:
             raise AdapterError(f"an adapter without layers is not written to '{path}'")
         refuse_broken(self, str(path))
         encoded = peft_format.encode(self.layers, self.trained, self.base_name, self.meta.get("peft"))
-        tensors = encoded[0] if encoded else _native(self.layers, self.trained)
+        tensors, shared = (encoded[0], {}) if encoded else _native(self.layers, self.trained)
         notes = {
             "format": FORMAT,
             "lorakit": __version__,
@@ -158,6 +168,7 @@ class Adapter:
             "why_native": "" if encoded else peft_format.why_no_twin(self.layers, self.trained),
             "layers": {path: _note(layer) for path, layer in self.layers.items()},
             "trained": sorted(self.trained),
+            "shared": shared,
             "digest": _digest(tensors),
             "meta": dict(self.meta),
         }
@@ -213,6 +224,7 @@ def _note(layer: AdaptedLayer) -> dict[str, Any]:
         "start": layer.start,
         "groups": layer.groups,
         "peculiar": layer.peculiar,
+        "matrix": list(layer.matrix),
         "factors": sorted(layer.factors),
     }
 
@@ -227,9 +239,21 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _native(layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    factors = {f"{path}:{name}": t for path, layer in layers.items() for name, t in layer.factors.items()}
-    return {**factors, **{f"{name}:trained": tensor for name, tensor in trained.items()}}
+def _native(
+    layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by our own names; and of those that stand in several layers, name -> the name under which they are."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path, layer in layers.items():
+        for name, factor in layer.factors.items():
+            key = f"{path}:{name}"
+            if first.setdefault(id(factor), key) == key:
+                tensors[key] = factor
+            else:
+                shared[key] = first[id(factor)]
+    return {**tensors, **{f"{name}:trained": tensor for name, tensor in trained.items()}}, shared
 
 
 def refuse_broken(adapter: Adapter, place: str) -> None:
@@ -267,7 +291,8 @@ def _from_notes(path: Path, tensors: dict[str, Tensor]) -> Adapter:
 
 def _blank(note: Mapping[str, Any], factors: dict[str, Tensor]) -> AdaptedLayer:
     rest = {key: note[key] for key in ("rank", "scale", "start", "groups", "peculiar")}
-    return AdaptedLayer(note["method"], note["kind"], tuple(note["shape"]), factors, **rest)
+    matrix = tuple(note.get("matrix", ()))
+    return AdaptedLayer(note["method"], note["kind"], tuple(note["shape"]), factors, **rest, matrix=matrix)
 
 
 def _from_native_names(
@@ -275,6 +300,8 @@ def _from_native_names(
 ) -> tuple[dict[str, AdaptedLayer], dict[str, Tensor]]:
     wanted = {f"{layer}:{name}" for layer, note in notes["layers"].items() for name in note["factors"]}
     wanted |= {f"{name}:trained" for name in notes["trained"]}
+    shared = notes.get("shared", {})
+    tensors = {**tensors, **{name: tensors[first] for name, first in shared.items() if first in tensors}}
     faults = [f"tensor '{name}' is missing" for name in sorted(wanted - set(tensors))]
     faults += [f"unknown tensor '{name}'" for name in sorted(set(tensors) - wanted)]
     if faults:

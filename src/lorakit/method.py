@@ -7,28 +7,86 @@ tensors out. A new one is one file in `methods/` or `starts/`, or an entry point
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import PlanError, nearest
+from lorakit.peft_layout import alpha_of, pattern
 from lorakit.plan import LayerPlan, resolve_scale
 from lorakit.registry import Registry
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
 Factors = dict[str, Tensor]
-ReadWeight = Callable[[], Tensor]
+DEFAULT_START = "kaiming"
+
+
+class ReadWeight(Protocol):
+    """The canonical base weight `W (.., o, i)`: its shape is at hand, its numbers are read when it is called."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __call__(self) -> Tensor: ...
+
+
+class Held(NamedTuple):
+    """A canonical weight that is at hand."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(.., o, i)`."""
+        return tuple(self.weight.shape)
+
+    def __call__(self) -> Tensor:
+        return self.weight
+
+
+class Told(NamedTuple):
+    """What a file of PEFT's says of a layer beside its tensors: its configuration, the layer's rank and scale by it
+    (alpha / rank), and the tensors that all layers have in common."""
+
+    config: Mapping[str, Any]
+    rank: int
+    scale: float
+    common: Mapping[str, Tensor]
+
+
+class PeftForm(NamedTuple):
+    """What PEFT wants to be told of a whole adapter: fields of its configuration, tensors that all layers share."""
+
+    fields: dict[str, Any]
+    common: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def with_ranks(cls, ranks: Mapping[str, int], scales: Mapping[str, float] | None = None) -> "PeftForm":
+        """With `r` and, from the scales, `alpha`, and the layers that differ."""
+        r, rank_pattern = pattern(ranks)
+        fields: dict[str, Any] = {"r": r, "rank_pattern": rank_pattern}
+        if scales is not None:
+            alpha, alpha_pattern = pattern({path: alpha_of(scale, ranks[path]) for path, scale in scales.items()})
+            fields |= {"alpha": alpha, "alpha_pattern": alpha_pattern}
+        return cls(fields)
+
+    def saying(self, **fields: Any) -> "PeftForm":
+        """The same with more fields."""
+        return self._replace(fields={**self.fields, **fields})
 
 
 class Method(ABC):
     """Named factors of one layer <-> its `Update`.
 
     Class attributes: `name`; `formula`, `parameters`, `use` and `source` (the docs' table); `frozen` (factors that
-    never learn); `pace` (its learning rate beside lora's, as measured); `takes_rank`; `reads_weight` (the update
-    depends on the base weight); `exact_pair` (the update is a low-rank pair); `peft_type` and `peft_config` (the PEFT
-    twin, or None).
+    never learn); `scale` (the rule where a plan names none); `pace` (its learning rate beside lora's, as measured);
+    `takes_rank`; `takes_scale`; `bounded` (no rank above a layer's smaller side); `takes_start` (its pair begins by a
+    start); `reads_weight` (the update depends on the base weight's numbers); `exact_pair` (the update is a low-rank
+    pair); `plain` (its factors `a` and `b` are that pair as they stand); `peft_type` and `peft_config` (the PEFT twin,
+    or None), `peft_leaves` and `peft_common` (names that its files have for each layer, and once).
     """
 
     name: ClassVar[str]
@@ -37,19 +95,35 @@ class Method(ABC):
     use: ClassVar[str]
     source: ClassVar[str]
     frozen: ClassVar[frozenset[str]] = frozenset()
+    scale: ClassVar[float | str] = "16/r"
     pace: ClassVar[float] = 1.0
     takes_rank: ClassVar[bool] = True
+    takes_scale: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
+    takes_start: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     exact_pair: ClassVar[bool] = True
+    plain: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = None
     peft_config: ClassVar[Mapping[str, Any]] = {}
+    peft_leaves: ClassVar[frozenset[str]] = frozenset()
+    peft_common: ClassVar[frozenset[str]] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return method_named, (self.name,)  # pickle and deepcopy give the registered one
 
     @abstractmethod
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
-        """Fresh factors in float32: an update that changes nothing. `weight()` reads the canonical base weight."""
+        """Fresh factors in float32: an update that changes nothing."""
+
+    def unite(self, layers: Mapping[str, AdaptedLayer], generator: torch.Generator) -> Mapping[str, AdaptedLayer]:
+        """The fresh layers of one plan, with what they have in common made one tensor."""
+        return layers
+
+    def derived(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
+        """What follows from the factors and the shape of `W (.., o, i)` once and for all: kept beside the factors while
+        they are attached, and found among them by `update`."""
+        return {}
 
     @abstractmethod
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
@@ -76,7 +150,7 @@ class Method(ABC):
             return [
                 f"rank {plan.rank} at '{spec.path}'; use a whole number, 1 or more, or take the layer out of the plan"
             ]
-        if plan.rank > spec.max_rank:
+        if self.bounded and plan.rank > spec.max_rank:
             return [
                 f"rank {plan.rank} exceeds the smaller side of '{spec.path}' ({o} x {i}); "
                 f"use rank <= {spec.max_rank} or clip_rank (--clip-rank)"
@@ -100,6 +174,18 @@ class Method(ABC):
 
     def from_peft(self, leaves: Mapping[str, Tensor], kind: str) -> Factors:
         """Factors from PEFT's leaf names (the inverse of `to_peft`)."""
+        raise NotImplementedError
+
+    def write_peft(self, layers: Mapping[str, AdaptedLayer]) -> PeftForm | None:
+        """What PEFT wants to be told beside the leaves, of types other than LORA and IA3; None where it cannot be."""
+        raise NotImplementedError
+
+    def reads_peft(self, config: Mapping[str, Any]) -> bool:
+        """Is an adapter of our `peft_type` with this configuration one of this method?"""
+        return True
+
+    def read_peft(self, leaves: Mapping[str, Tensor], told: Told) -> AdaptedLayer:
+        """A layer from PEFT's leaves. AdapterError continues the layer's name; a KeyError is a leaf that is missing."""
         raise NotImplementedError
 
 
@@ -153,19 +239,38 @@ def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) 
             faults[alike].append(f"'{path}': unknown method '{plan.method}'{nearest(plan.method, METHODS.names())}")
             continue
         method = METHODS[plan.method]
-        found = method.faults(spec, plan)
-        if not found and method.takes_rank:
-            found = _scale_faults(path, plan)
-            if plan.start not in STARTS:
-                found.append(f"'{path}': unknown start '{plan.start}'{nearest(plan.start, STARTS.names())}")
-            else:
-                found += STARTS[plan.start].faults(spec, plan.rank)
-        faults[alike] = found
+        whole = settled(plan)
+        found = _of_others(path, plan) or (_scale_faults(path, whole) if method.takes_rank else [])
+        found = found or method.faults(spec, whole)
+        faults[alike] = found or (STARTS[whole.start].faults(spec, whole.rank) if method.takes_start else [])
     return [
         f"{fault} (and {more[alike]} more like it)" if more[alike] else fault
         for alike, found in faults.items()
         for fault in found
     ]
+
+
+def settled(plan: LayerPlan) -> LayerPlan:
+    """What a layer gets, with the method's own where the plan leaves it to it."""
+    method = METHODS[plan.method]
+    return replace(
+        plan,
+        rank=plan.rank if method.takes_rank else 0,
+        scale=method.scale if plan.scale == "" else plan.scale,
+        start=(plan.start or DEFAULT_START) if method.takes_start else "",
+    )
+
+
+def _of_others(path: str, plan: LayerPlan) -> list[str]:
+    """What a plan says that the method has no use for, or that nobody knows."""
+    method = METHODS[plan.method]
+    if plan.start and not method.takes_start:
+        return [f"'{path}': method '{plan.method}' begins in its own way; leave start '{plan.start}' out"]
+    if plan.scale not in ("", method.scale) and not method.takes_scale:
+        return [f"'{path}': method '{plan.method}' has no scale; leave scale {plan.scale} out"]
+    if plan.start and plan.start not in STARTS:
+        return [f"'{path}': unknown start '{plan.start}'{nearest(plan.start, STARTS.names())}"]
+    return []
 
 
 def _scale_faults(path: str, plan: LayerPlan) -> list[str]:
@@ -176,11 +281,24 @@ def _scale_faults(path: str, plan: LayerPlan) -> list[str]:
     return []
 
 
+class _NotHere:
+    """The base weight of a layer of which only the adapter is known."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self._layer = layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if not self._layer.matrix:
+            raise PlanError(f"method '{self._layer.method}' needs the shape of the base weight; pass the model")
+        return self._layer.matrix
+
+    def __call__(self) -> Tensor:
+        raise PlanError(f"method '{self._layer.method}' needs the base weight to say its update; pass the model")
+
+
 def layer_update(layer: AdaptedLayer, weight: ReadWeight | None = None) -> Update:
     """The `Update` of one adapter layer. Without `weight`, methods that read the base weight raise PlanError."""
-    method = METHODS[layer.method]
-
-    def missing() -> Tensor:
-        raise PlanError(f"method '{layer.method}' needs the base weight to say its update; pass the model")
-
-    return method.update(layer.factors, layer.scale, weight or missing)
+    method, base = METHODS[layer.method], weight or _NotHere(layer)
+    derived = method.derived(layer.factors, base.shape) if type(method).derived is not Method.derived else {}
+    return method.update({**layer.factors, **derived}, layer.scale, base)

@@ -6,12 +6,17 @@ weights are stacked with the expert index slowest in A and fastest in B; a vecto
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from lorakit.errors import AdapterError
 from lorakit.update import AdaptedLayer
+
+Number = TypeVar("Number", int, float)
 
 # PEFT's MultiheadAttention.merge adds the delta of out_proj twice (peft pull 3774, open at 0.21.2), in every forward
 # pass too, and gives both projections one rank and one alpha
@@ -55,6 +60,24 @@ def pair_from_peft(leaves: Mapping[str, Tensor], experts: int = 0) -> dict[str, 
     return {"a": a.reshape(a.shape[0], -1), "b": b.reshape(b.shape[0], -1)}
 
 
+def kind_of_pair(leaves: Mapping[str, Tensor], config: Mapping[str, object]) -> str:
+    """The kind of layer that a pair is for, by the shape of its leaves."""
+    if "lora_embedding_A" in leaves:
+        return "embedding"
+    flat = "hf_conv1d" if config.get("fan_in_fan_out") else "linear"
+    return next((kind for kind, n in _KERNEL_SIDES.items() if leaves["lora_A.weight"].ndim == 2 + n), flat)
+
+
+def stored_shape(kind: str, leaves: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Shape of the weight that a pair is for, as its layer stores it."""
+    a, b = factors["a"], factors["b"]
+    if kind in ("embedding", "hf_conv1d"):
+        return (a.shape[1], b.shape[0])
+    if kind in _KERNEL_SIDES:
+        return (b.shape[0], *leaves["lora_A.weight"].shape[1:])
+    return (*b.shape[:-2], b.shape[-2], a.shape[-1])
+
+
 def vector_to_peft(vector: Tensor, layer: AdaptedLayer) -> Tensor:
     """A vector over outputs, `(o,)`: `(1, o, 1, ..)` for convolutions."""
     sides = _KERNEL_SIDES.get(layer.kind)
@@ -68,3 +91,15 @@ def out_proj_share(inner: AdaptedLayer, outer: AdaptedLayer) -> float | None:
     """
     share = outer.scale / (OUT_PROJ_TIMES * inner.scale) if inner.scale else 0.0
     return share if abs(math.frexp(share)[0]) == 0.5 else None
+
+
+def alpha_of(scale: float, rank: int) -> float | int:
+    """`scale * rank` without the rounding of a division before: 16 / 3 * 3 is 16."""
+    alpha = float(f"{scale * rank:.12g}")
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The commonest of the layers' values, and a table with those that differ, by expressions for their whole paths."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{re.escape(path)}": value for path, value in values.items() if value != common}

@@ -71,12 +71,12 @@ def _no_scale(rule: object) -> PlanError:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer gets. `rank` is 0 for methods without one (ia3)."""
+    """What one layer gets. `rank` is 0 for methods without one (ia3); `scale` and `start` "" are the method's own."""
 
     method: str = "lora"
     rank: int = 8
-    scale: float | str = "16/r"
-    start: str = "kaiming"
+    scale: float | str = ""
+    start: str = ""
 
     @property
     def scale_value(self) -> float:
@@ -180,7 +180,8 @@ def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> Lay
             good[key] = value
     layer = replace(default, **good)
     try:
-        resolve_scale(layer.scale, layer.rank)
+        if layer.scale != "":
+            resolve_scale(layer.scale, layer.rank)
     except PlanError as error:
         faults.append(f"{place}: {error}")
         return replace(layer, scale=default.scale)  # said once: layers that inherit it are not at fault too

@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.describe import describe, locate, walk
 from lorakit.errors import PlanError, UsageError, listed, nearest
 from lorakit.kinds.parameter import bias_name
-from lorakit.method import METHODS, STARTS, check_plan
+from lorakit.method import METHODS, STARTS, check_plan, settled
 from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.update import LayerSpec
 
@@ -31,8 +31,8 @@ def plan(
     layers: Rules = "all-linear",
     *,
     method: str = "lora",
-    scale: float | str = "16/r",
-    start: str = "kaiming",
+    scale: float | str | None = None,
+    start: str | None = None,
     blocks: str | Iterable[int] | None = None,
     trained: Sequence[str] = (),
     bias: str = "none",
@@ -44,6 +44,7 @@ def plan(
     "embeddings", a role ("q", "up", "experts" ...), the end of a layer path, a regular expression for the whole path
     ("re:" before it), a list of these, or a mapping from these to ranks: `{"attention": 8, "mlp": 16}`.
     `blocks`: "0-3", "4-", "last 2" or indices: only these layers of the stack; the others stay frozen.
+    `scale` and `start`: the method's own ("16/r" and "kaiming" for lora), if not given.
     `trained`: modules or parameters trained fully. `bias`: "none", "adapted" or "all".
     `clip_rank`: lower the rank where a layer's smaller side demands it, instead of refusing.
 
@@ -71,11 +72,8 @@ def plan(
             faults.append(f"'{rule}' matches {len(matched)} layers, but none in blocks {sorted(keep or ())}")
         for spec in inside:
             chosen[spec.path] = min(rule_rank, spec.max_rank) if clip_rank else rule_rank
-    takes_rank = METHODS[method].takes_rank
-    ready = {
-        rank: LayerPlan(method, rank if takes_rank else 0, scale, start if takes_rank else "")
-        for rank in set(chosen.values())
-    }
+    factor = "" if scale is None else scale
+    ready = {rank: settled(LayerPlan(method, rank, factor, start or "")) for rank in set(chosen.values())}
     entries = {spec.path: ready[chosen[spec.path]] for spec in specs if spec.path in chosen}
     faults += check_plan({spec.path: spec for spec in specs}, entries)
     if faults:
@@ -85,12 +83,16 @@ def plan(
     return result
 
 
-def refuse_rules(rank: int, method: str, scale: float | str, start: str, bias: str) -> None:
+def refuse_rules(rank: int, method: str, scale: float | str | None, start: str | None, bias: str) -> None:
     """PlanError or UsageError for what would be refused of any model."""
-    takes_rank = METHODS[method].takes_rank and STARTS[start] is not None  # unknown names end here
-    if takes_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    known = METHODS[method]  # an unknown name ends here
+    if start is not None and STARTS[start] is not None and not known.takes_start:
+        raise PlanError(f"method '{method}' begins in its own way; leave start '{start}' out")
+    if scale not in (None, known.scale) and not known.takes_scale:
+        raise PlanError(f"method '{method}' has no scale; leave scale {scale} out")
+    if known.takes_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise PlanError(f"rank is {rank!r}; use a whole number, 1 or more")
-    if takes_rank:
+    if known.takes_rank and scale is not None:
         resolve_scale(scale, rank)
     if bias not in ("none", "adapted", "all"):
         raise PlanError(f"bias is {bias!r}; use 'none', 'adapted' or 'all'")

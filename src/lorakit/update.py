@@ -41,17 +41,17 @@ class Update:
         return 0 if self.a is None else self.a.shape[-2]
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The changed canonical weight (o, i), a new tensor in the dtype of `weight`."""
+        """The changed canonical weight (o, i), a new tensor in the dtype of `weight`, rounded once."""
         result = weight
         if self.a is not None and self.b is not None:
-            result = result + self.scale * (self.b @ self.a).to(weight.dtype)
+            result = result + self.scale * (self.b @ self.a)
         if self.dense is not None:
-            result = result + self.dense.to(weight.dtype)
+            result = result + self.dense
         if self.gain_in is not None:
-            result = result * self.gain_in.to(weight.dtype).unsqueeze(-2)
+            result = result * self.gain_in.unsqueeze(-2)
         if self.gain is not None:
-            result = result * self.gain.to(weight.dtype).unsqueeze(-1)
-        return result
+            result = result * self.gain.unsqueeze(-1)
+        return result.to(weight.dtype)
 
     def delta(self, weight: Tensor) -> Tensor:
         """The change of the canonical weight (o, i)."""
@@ -114,8 +114,8 @@ class LayerSpec(NamedTuple):
 class AdaptedLayer:
     """One layer's part of an adapter: named factors, canonical shapes, and what they mean.
 
-    `kind`, `shape`, `groups` and `peculiar` are those of the weight the factors were made for (see LayerSpec);
-    `rank` is the declared one.
+    `kind`, `shape`, `groups` and `peculiar` are those of the weight the factors were made for (see LayerSpec), and
+    `matrix` is its canonical `(.., o, i)`, () where a file of others does not tell; `rank` is the declared one.
     """
 
     method: str
@@ -127,6 +127,7 @@ class AdaptedLayer:
     start: str = ""
     groups: int = 1
     peculiar: str = ""
+    matrix: tuple[int, ...] = ()
 
     @property
     def n_parameters(self) -> int:

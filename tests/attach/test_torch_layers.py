@@ -20,7 +20,8 @@ PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool
 
 
 def adapted(model: nn.Module, method: str = "lora", **rules: object) -> nn.Module:
-    lk.attach(model, lk.plan(model, rank=2, method=method, scale=1.0, **rules))  # type: ignore[arg-type]
+    rank = 1 if method == "bone" else 2  # it must divide both sides
+    lk.attach(model, lk.plan(model, rank, method=method, scale=1.0, **rules))  # type: ignore[arg-type]
     perturb(model.double(), 0.2)
     return model
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
 from lorakit.attach.drives import add_shadow, drop_shadow, install, remove
@@ -91,8 +91,9 @@ def attach(
     switch = make_switch(model)
     if learn:
         _freeze(modules, switch)
+    copies: dict[int, Tensor] = {}
     for place in places:
-        _put_layer(place, name, switch, learn, own)
+        _put_layer(place, name, switch, learn, own, copies)
     _put_trained(model, stand_ins, name, adapter, learn)
     _quiet_nested_tensors(modules, switch)
     switch.names[name] = tuple(place.path for place in places)
@@ -120,7 +121,7 @@ def _freeze(modules: Modules, switch: Switch) -> None:
                 parameter.requires_grad_(False)
 
 
-def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool) -> None:
+def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool, copies: dict[int, Tensor]) -> None:
     module, parameter = place.found.module, place.found.parameter
     child = slot_name(parameter)
     slot = module._modules.get(child)
@@ -130,9 +131,14 @@ def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool) 
         install(module, slot)
     device = place.found.weight.device
     factors = place.layer.factors
-    if not own:  # training must not write into the value that was attached
-        factors = {key: factor.detach().to(device, copy=True).contiguous() for key, factor in factors.items()}
-    slot._modules[name] = Factors(METHODS[place.layer.method], place.layer, factors, learn, module.training)
+    if not own:  # training must not write into the value that was attached; what is one tensor stays one
+        for factor in factors.values():
+            if id(factor) not in copies:
+                copies[id(factor)] = factor.detach().to(device, copy=True).contiguous()
+        factors = {key: copies[id(factor)] for key, factor in factors.items()}
+    method, spec = METHODS[place.layer.method], place.found.spec
+    derived = method.derived(factors, (*spec.batch, *spec.matrix))
+    slot._modules[name] = Factors(method, place.layer, factors, derived, learn, module.training)
 
 
 def _put_trained(

@@ -22,6 +22,7 @@ def collect(model: nn.Module, name: str | None = None) -> Adapter:
     if name not in switch.names:
         raise AttachError(f"no adapter named '{name}' is attached{nearest(name, switch.names)}")
     layers: dict[str, AdaptedLayer] = {}
+    values: dict[tuple[int, int], Tensor] = {}
     for _, _, slot in slots_of(model, switch.names[name]):
         factors: Factors = slot._modules[name]  # type: ignore[assignment]
         found = locate(model, slot.path)
@@ -30,17 +31,26 @@ def collect(model: nn.Module, name: str | None = None) -> Adapter:
             factors.method.name,
             found.spec.kind,
             found.spec.shape,
-            {key: _value(tensor) for key, tensor in factors.tensors().items()},
+            {key: _once(tensor, values) for key, tensor in factors.kept().items()},
             factors.rank,
             factors.scale,
             factors.start,
             found.spec.groups,
             found.spec.peculiar,
+            (*found.spec.batch, *found.spec.matrix),
         )
     trained: dict[str, Tensor] = {}
     for full_name in switch.trained[name]:
         trained[full_name] = _value(stand_in(model, full_name).trained.parameter(name))  # type: ignore[arg-type]
     return Adapter(layers, trained, dict(switch.meta[name]))
+
+
+def _once(tensor: Tensor, values: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Its value; of layers that have one tensor in common, the same."""
+    key = (tensor.data_ptr(), tensor.numel()) if not hasattr(tensor, "full_tensor") else (id(tensor), 0)
+    if key not in values or not tensor.numel():
+        values[key] = _value(tensor)
+    return values[key]
 
 
 def _value(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.lora import lora_linear
@@ -67,6 +68,9 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         update = updates[0]
         bias = module.bias if update.bias is None else update.changed_bias(module.bias)  # type: ignore[arg-type]
         return lora_linear(x, reader(), bias, update.a, update.b, update.scale)  # type: ignore[arg-type]
+    if len(updates) == 1 and slot.kind.is_product and updates[0].dense is not None:  # one product instead of two
+        bias = updates[0].changed_bias(module.bias)  # type: ignore[arg-type]
+        return F.linear(x, updates[0].weight(reader()), bias)
     if len(updates) == 1 and updates[0].gain_in is not None:  # one product instead of two
         update = updates[0]
         x = x * update.gain_in.to(x.dtype)  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from lorakit._version import __version__
 from lorakit.adapter import Adapter, fingerprint
 from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
-from lorakit.method import METHODS, check_plan
+from lorakit.method import METHODS, Held, check_plan, settled
 from lorakit.plan import LayerPlan, Plan
 from lorakit.rules import resolve_trained
 from lorakit.update import AdaptedLayer
@@ -35,6 +35,9 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
     draw = torch.Generator()
     layers = {path: _layer(place, plan.layers[path], _seeded(draw, seed, path)) for path, place in places.items()}
+    for method in {layer.method for layer in layers.values()}:
+        own = {path: layer for path, layer in layers.items() if layer.method == method}
+        layers |= METHODS[method].unite(own, _seeded(draw, seed, method))
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
@@ -46,22 +49,23 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
 
 
 def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> AdaptedLayer:
-    method, spec = METHODS[entry.method], place.spec
+    method, spec, entry = METHODS[entry.method], place.spec, settled(entry)
     weight = place.weight
-    factors = method.init(spec, entry, lambda: place.kind.canonical(place.module, weight.detach()), generator)
+    base = Held(place.kind.canonical(place.module, weight.detach()))
+    factors = method.init(spec, entry, base, generator)
     if weight.device.type != "cpu":
         factors = {name: factor.to(weight.device) for name, factor in factors.items()}
-    ranked = method.takes_rank
     return AdaptedLayer(
         entry.method,
         spec.kind,
         spec.shape,
         factors,
-        entry.rank if ranked else 0,
-        entry.scale_value if ranked else 1.0,
-        entry.start if ranked else "",
+        entry.rank,
+        entry.scale_value if method.takes_rank else 1.0,
+        entry.start,
         spec.groups,
         spec.peculiar,
+        (*spec.batch, *spec.matrix),
     )
 
 

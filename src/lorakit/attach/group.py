@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakit.attach.kernels.lora import Layer, Ready, lora_group, padded_rank
 from lorakit.attach.kernels.products import pack
-from lorakit.attach.slots import Factors, Slot, WeightReader
+from lorakit.attach.slots import Factors, Pair, Slot, WeightReader
 
 Member = tuple[nn.Module, Slot, Factors]
 
@@ -19,29 +19,33 @@ class Group:
     def __init__(self, members: Sequence[Member], dtype: torch.dtype, packs: bool) -> None:
         self.members = list(members)
         self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
-        readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
-        self.packed = [pack(reader()) if packs else None for reader in readers]
+        self.readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
+        self.packed = [pack(reader()) if packs else None for reader in self.readers]
         self._x: tuple[Any, ...] = ()
         self._parts: list[Tensor | None] = []
         self.now = self._room(dtype)
 
     def _room(self, dtype: torch.dtype) -> Ready:
         """Zeros for all factors."""
-        members = self.members
-        device = members[0][2].tensors()["a"].device
-        ranks = [padded_rank(factors.rank, device, dtype) for _, _, factors in members]
-        i = members[0][2].tensors()["a"].shape[1]
-        outs = [factors.tensors()["b"].shape[0] for _, _, factors in members]
+        pairs = self.pairs()
+        device, i = pairs[0].a.device, pairs[0].a.shape[1]
+        ranks = [padded_rank(len(pair.a), device, dtype) for pair in pairs]
         a = torch.zeros(sum(ranks), i, dtype=dtype, device=device)
-        return Ready(a, tuple(torch.zeros(r, o, dtype=dtype, device=device) for o, r in zip(outs, ranks)))
+        return Ready(a, tuple(torch.zeros(r, len(pair.b), dtype=dtype, device=device) for pair, r in zip(pairs, ranks)))
+
+    def pairs(self) -> list[Pair]:
+        """What each member adds, as it stands now."""
+        found = [factors.pair(reader) for (_, _, factors), reader in zip(self.members, self.readers)]
+        return [pair for pair in found if pair is not None]
 
     def targets(self) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
         """Where each factor has to be copied: (place, factor, what it is multiplied by)."""
         row = 0
-        for (_, _, factors), b in zip(self.members, self.now.b):
-            yield self.now.a[row : row + factors.rank], factors.tensors()["a"], 1.0
-            yield b[: factors.rank].T, factors.tensors()["b"], factors.scale
-            row += b.shape[0]
+        for pair, b in zip(self.pairs(), self.now.b):
+            r = len(pair.a)
+            yield self.now.a[row : row + r], pair.a, 1.0
+            yield b[:r].T, pair.b, pair.scale
+            row += len(b)
 
     def takes(self, slot: Slot, factors: Factors, x: Tensor) -> bool:
         """This call is one for the group."""
@@ -77,8 +81,6 @@ class Group:
 
     def _layers(self) -> list[Layer]:
         layers = []
-        for (module, slot, factors), packed in zip(self.members, self.packed):
-            tensors = factors.tensors()
-            weight = WeightReader(module, slot.parameter, slot.kind)()
-            layers.append(Layer(weight, module.bias, tensors["a"], tensors["b"], factors.scale, packed))  # type: ignore[arg-type]
+        for (module, _, _), reader, pair, packed in zip(self.members, self.readers, self.pairs(), self.packed):
+            layers.append(Layer(reader(), module.bias, *pair, packed))  # type: ignore[arg-type]
         return layers

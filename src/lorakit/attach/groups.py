@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from lorakit.attach.convolution import Convolution, alike, norms_seen
 from lorakit.attach.group import Group, Member
 from lorakit.attach.kernels.maps import Geometry
-from lorakit.attach.slots import Factors, Slot, slots_of, switch_of
+from lorakit.attach.once import Once
+from lorakit.attach.slots import Factors, Slot, WeightReader, slots_of, switch_of
 
 
 class Groups:
-    """All groups of a model under one adapter."""
+    """All groups of a model under one adapter, and the updates that are made once a step."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], once: Once) -> None:
         self.groups = list(groups)
+        self.once = once
         self._find_places()
 
+    @torch.no_grad()
     def _find_places(self) -> None:
         self._places = [entry for group in self.groups for entry in group.targets()]
         self.refresh()
@@ -42,21 +45,33 @@ class Groups:
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the factors are now; to be called whenever they have changed."""
+        self.once.refresh()
         if self._places:
             scaled = [(factor if _is_one(by) else factor * by).view_as(place) for place, factor, by in self._places]
             torch._foreach_copy_([place for place, _, _ in self._places], scaled)
 
     def gradients_in_place(self, on: bool) -> None:
-        """Whether the backward adds to the `.grad` that every factor has already, and tells autograd nothing."""
+        """Whether the backward adds to the `.grad` that factors and made updates have already, and tells autograd
+        nothing; a step then begins with `clear` and ends with `settle`."""
+        self.once.stand(on)
         for group in self.groups:
-            factors = [(f.tensors()["a"].grad, f.tensors()["b"].grad) for _, _, f in group.members]
-            windows = [(a, b) for a, b in factors if a is not None and b is not None]
-            group.now = group.now._replace(into=tuple(windows) if on and len(windows) == len(factors) else ())
+            pairs = [pair[:2] for pair in group.pairs()] if on else []
+            ready = all(tensor.grad is not None for pair in pairs for tensor in pair if tensor.requires_grad)
+            group.now = group.now._replace(into=tuple((a.grad, b.grad) for a, b in pairs) if ready else ())
+
+    def clear(self) -> None:
+        """Forgets gradients that were not settled."""
+        self.once.clear()
+
+    def settle(self) -> None:
+        """Takes the gradients of made updates to their factors."""
+        self.once.settle()
 
     def release(self) -> None:
         """Lets every layer run by itself again."""
         for group in self.groups:
             group.release()
+        self.once.release()
 
 
 def _is_one(by: float | Tensor) -> bool:
@@ -75,18 +90,24 @@ def inputs_recorded(model: nn.Module) -> Iterator[list[tuple[Slot, Tensor]]]:
 
 
 def make_groups(
-    model: nn.Module, name: str, calls: Sequence[tuple[Slot, Tensor]], dtype: torch.dtype, packs: bool = True
+    model: nn.Module,
+    name: str,
+    calls: Sequence[tuple[Slot, Tensor]],
+    dtype: torch.dtype,
+    packs: bool = True,
+    part: nn.Module | None = None,
 ) -> Groups:
-    """Groups for the adapter `name` from recorded calls. What is not a plain trained pair stays by itself.
+    """Groups for the adapter `name` from recorded calls, in the whole model or a part of it. What is not a pair, or
+    made one, stays by itself.
 
     With `packs` frozen weights are kept a second time where that helps: in oneDNN's order, or beside their pair.
     """
-    switch = switch_of(model)
+    switch, once = switch_of(model), Once(model, part or model, name)
     able: dict[int, Member] = {}
-    for module, _, slot in slots_of(model, switch.names[name]):
-        factors = slot._modules.get(name)
+    for module, parameter, slot in slots_of(model, switch.names[name]):
+        factors, reader = slot._modules.get(name), WeightReader(module, parameter, slot.kind)
         runs = slot.kind.is_product or (packs and Geometry.of(module) is not None)
-        if slot.drive == "fused" and runs and isinstance(factors, Factors) and _plain(module, factors):
+        if slot.drive == "fused" and runs and isinstance(factors, Factors) and _runs(module, factors, reader):
             able[id(slot)] = (module, slot, factors)
     seen: set[int] = set()
     groups: list[list[Member]] = []
@@ -101,7 +122,7 @@ def make_groups(
         else:
             groups.append([able[id(slot)]])
         last = x
-    made = Groups([_group(members, dtype, packs) for members in groups])
+    made = Groups([_group(members, dtype, packs) for members in groups], once)
     for group in made.groups:
         for _, slot, _ in group.members:
             slot.group = group
@@ -113,6 +134,7 @@ def _group(members: Sequence[Member], dtype: torch.dtype, packs: bool) -> Group:
     return Group(members, dtype, packs) if geometry is None else Convolution(members[0], geometry, dtype)
 
 
-def _plain(module: nn.Module, factors: Factors) -> bool:
+def _runs(module: nn.Module, factors: Factors, reader: WeightReader) -> bool:
     trained = any(name.startswith("trained_") for name in module._modules)
-    return factors.method.name == "lora" and factors.tensors().keys() == {"a", "b"} and not trained
+    with torch.no_grad():
+        return factors.pair(reader) is not None and not trained

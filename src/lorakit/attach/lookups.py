@@ -4,18 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.kernels.pairs import Rows
-from lorakit.attach.slots import Factors, Slot
+from lorakit.attach.slots import Slot, WeightReader
 
 
 def looked_up(layer: nn.Embedding, places: Tensor) -> Rows:
     """`layer(places)`, for places `(n,)`: in parts where nothing but one plain pair changes it; else whole."""
     slot = layer._modules.get("adapters")
-    active = slot.active() if isinstance(slot, Slot) and _alone(layer, slot) else []
-    if len(active) != 1 or not _plain(active[0]):
+    slot = slot if isinstance(slot, Slot) and _alone(layer, slot) else None
+    active = slot.active() if slot else []
+    pair = active[0].pair(WeightReader(layer, "weight", slot.kind)) if slot and len(active) == 1 else None
+    if pair is None:
         return Rows(layer(places))
-    tensors = active[0].tensors()
     w = nn.functional.embedding(places, layer.weight)
-    return Rows(w, torch.index_select(tensors["a"], 1, places).T, tensors["b"], active[0].scale)
+    return Rows(w, torch.index_select(pair.a, 1, places).T, pair.b, pair.scale)
 
 
 def _alone(layer: nn.Embedding, slot: Slot) -> bool:
@@ -23,7 +24,3 @@ def _alone(layer: nn.Embedding, slot: Slot) -> bool:
     hooks = len(layer._forward_hooks) == 1 and not layer._forward_pre_hooks
     own = hooks and list(layer._modules) == ["adapters"] and type(layer) is nn.Embedding
     return slot.drive == "hook" and own and layer.padding_idx is None
-
-
-def _plain(factors: Factors) -> bool:
-    return factors.method.name == "lora" and factors.tensors().keys() == {"a", "b"}

@@ -54,6 +54,14 @@ def _begin(module: nn.Module, **own: Any) -> None:
     state.update(own)
 
 
+class Pair(NamedTuple):
+    """`a (r, i)`, `b (o, r)`, and what multiplies them."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 class Factors(nn.Module):
     """The named tensors of one adapter on one layer. Frozen ones are buffers."""
 
@@ -62,34 +70,59 @@ class Factors(nn.Module):
     rank: int
     start: str
     cached: tuple[Any, Update, list[Tensor]] | None
+    made: Update | None  # attach/once.py: the update as it was made once for a step
+    stands: bool  # it is taken in the place of the factors' own, gradients and all
     added_by_lorakit = True
 
     def __init__(
-        self, method: Method, layer: AdaptedLayer, factors: Mapping[str, Tensor], trainable: bool, training: bool
+        self,
+        method: Method,
+        layer: AdaptedLayer,
+        factors: Mapping[str, Tensor],
+        derived: Mapping[str, Tensor],
+        trainable: bool,
+        training: bool,
     ) -> None:
-        own = {"scale": layer.scale, "rank": layer.rank, "start": layer.start, "cached": None}
+        own = {
+            "scale": layer.scale,
+            "rank": layer.rank,
+            "start": layer.start,
+            "cached": None,
+            "made": None,
+            "stands": False,
+        }
         _begin(self, method=method, training=training, **own)
         for name, factor in factors.items():
             if name in method.frozen:
                 self._buffers[name] = factor
             else:
                 self._parameters[name] = nn.Parameter(factor, requires_grad=trainable)
+        self._buffers.update(derived)
+        self._non_persistent_buffers_set.update(derived)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Factor name -> tensor."""
+        """Factor name -> tensor, with what the method has derived from them."""
         found: dict[str, Tensor] = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
         if self._buffers:
             found |= {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         return found
 
+    def kept(self) -> dict[str, Tensor]:
+        """The factors themselves: what an adapter holds."""
+        return {name: x for name, x in self.tensors().items() if name not in self._non_persistent_buffers_set}
+
     def update(self, weight: "WeightReader") -> Update:
-        """The update now. What depends on the base weight is kept between calls that need no gradient.
+        """The update now. What has to be computed is kept between calls that need no gradient.
 
         It is made anew when the version or the memory of a tensor has changed, and after every `train()`, `eval()` or
         call that needs gradients: writes through `tensor.data` and by FSDP leave the version as it is.
         """
+        if torch.compiler.is_compiling():
+            return self.method.update(self.tensors(), self.scale, weight)
+        if self.made is not None and (self.stands or not torch.is_grad_enabled()):
+            return self.made
         tensors = self.tensors()
-        if not self.method.reads_weight or torch.compiler.is_compiling():
+        if self.method.plain:
             return self.method.update(tensors, self.scale, weight)
         read = [*tensors.values(), weight.stored()]
         stamps = None if torch.is_grad_enabled() else [(self.scale,), *map(_stamp, read)]
@@ -101,12 +134,29 @@ class Factors(nn.Module):
             self.cached = (stamps, self.method.update(tensors, self.scale, weight), held)
         return self.cached[1]
 
+    @property
+    def is_plain(self) -> bool:
+        """The factors are a pair, as the products read it, and nothing else."""
+        return self.method.plain and self.tensors().keys() == {"a", "b"}
+
+    def pair(self, weight: "WeightReader") -> Pair | None:
+        """The low-rank pair that the products read, where the update is nothing else; None where it is more."""
+        if self.is_plain:
+            tensors = self.tensors()
+            return Pair(tensors["a"], tensors["b"], self.scale)
+        if not self.method.exact_pair:
+            return None
+        update = self.update(weight)
+        a, b = update.a, update.b
+        alone = update.is_pair and update.bias is None
+        return Pair(a, b, update.scale) if alone and a is not None and b is not None else None
+
     def train(self, mode: bool = True) -> "Factors":
         self.cached = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached": None}  # of use only where it was made
+        return {**self.__dict__, "cached": None, "made": None, "stands": False}  # of use only where it was made
 
     def extra_repr(self) -> str:
         return f"{self.method.name}, rank={self.rank}, scale={self.scale:g}"
@@ -195,6 +245,11 @@ class WeightReader:
 
     def __call__(self) -> Tensor:
         return self.kind.canonical(self.module, self.stored())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(.., o, i)`."""
+        return tuple(self().shape)
 
 
 def slot_name(parameter: str) -> str:

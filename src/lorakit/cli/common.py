@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 _USUAL = 80, 24  # columns and rows of a terminal that does not tell them
@@ -74,9 +75,9 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
         'path, "re:REGEX"; repeat it, and add "=R" for a rank of its own: --layers attention=8 --layers mlp=16',
     )
     group.add_argument("--blocks", metavar="RANGE", help='only these blocks of the stack: "0-3", "4-", "last 2"')
-    group.add_argument("--method", default="lora", help="lora (default), dora or ia3")
-    group.add_argument("--scale", default="16/r", help='"16/r" (default), "16/sqrt(r)" or a number')
-    group.add_argument("--start", default="kaiming", help="kaiming (default), gaussian, orthogonal or pissa")
+    group.add_argument("--method", default="lora", metavar="NAME", help="lora (default); all are in docs/methods.md")
+    group.add_argument("--scale", help='"16/r" (default of most methods), "16/sqrt(r)" or a number')
+    group.add_argument("--start", metavar="NAME", help="kaiming (default), gaussian, orthogonal, pissa; or see there")
     group.add_argument("--bias", default="none", help="biases to train fully: none (default), adapted or all")
     group.add_argument(
         "--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base'
@@ -98,10 +99,9 @@ def rules_from(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--layers {rule}: the rank after '=' must be a whole number")
         else:
             rules[rule] = args.rank
-    try:
-        scale: float | str = float(args.scale)
-    except ValueError:
-        scale = args.scale
+    scale: float | str | None = args.scale
+    with suppress(TypeError, ValueError):  # a rule, or none
+        scale = float(args.scale)
     for rank in {args.rank, *rules.values()}:
         refuse_rules(rank, args.method, scale, args.start, args.bias)
     return {
@@ -124,8 +124,8 @@ def plan_flags_given(args: argparse.Namespace) -> list[str]:
         "layers": None,
         "blocks": None,
         "method": "lora",
-        "scale": "16/r",
-        "start": "kaiming",
+        "scale": None,
+        "start": None,
     }
     defaults |= {"bias": "none", "trained": [], "clip_rank": False}
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]

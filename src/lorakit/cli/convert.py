@@ -63,21 +63,21 @@ def _portable(adapter: Any) -> Any:
     import torch.nn.functional as F
 
     from lorakit.errors import AdapterError
-    from lorakit.method import METHODS
-    from lorakit.methods.lora import whole_pair
+    from lorakit.method import METHODS, layer_update
 
     odd = sorted({x.method for x in adapter.layers.values() if not METHODS[x.method].exact_pair or "bias" in x.factors})
     if odd:
         raise AdapterError(f"only plain pairs are portable, and this adapter has {', '.join(odd)}; merge it instead")
-    pairs = {path: whole_pair(layer.factors) for path, layer in adapter.layers.items()}
+    updates = {path: layer_update(layer) for path, layer in adapter.layers.items()}
+    pairs = {path: (x.a, x.b, x.scale) for path, x in updates.items() if x.a is not None and x.b is not None}
     if not pairs:
         raise AdapterError(
             "this adapter has no low-rank layers, so there is nothing to make portable; merge it instead"
         )
-    rank = max(a.shape[-2] for a, _ in pairs.values())
+    rank = max(a.shape[-2] for a, _, _ in pairs.values())
     layers = {}
-    for path, (a, b) in pairs.items():
+    for path, (a, b, scale) in pairs.items():
         layer, short = adapter.layers[path], rank - a.shape[-2]
-        factors = {"a": F.pad(a, (0, 0, 0, short)), "b": F.pad(b * layer.scale, (0, short))}
+        factors = {"a": F.pad(a, (0, 0, 0, short)), "b": F.pad(b * scale, (0, short))}
         layers[path] = replace(layer, method="lora", factors=factors, rank=rank, scale=1.0, start="converted")
     return replace(adapter, layers=layers, trained={})

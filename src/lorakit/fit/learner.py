@@ -74,6 +74,7 @@ class Learner:
         lengths = examples.lengths
         own = self.workers.share(indices, [lengths[i] for i in indices], bool(self.prefixes))
         self.flat.clear()
+        self.trunk.clear()
         parts = passes(examples, own, self.settings.most_tokens)
         idle = idle_passes(self.workers, self.settings, examples, indices, len(parts))
         asked: Sequence[Tensor] = ()
@@ -92,6 +93,7 @@ class Learner:
                 self.bound.keep()
         for part in idle:
             (0 * self.loss(examples.gather(part), examples)).backward()  # type: ignore[no-untyped-call]
+        self.trunk.settle()
         seen = torch.tensor([total, n_tokens], dtype=torch.float64)
         self.workers.add(seen)
         self.workers.add(self.flat.gradients)

@@ -13,12 +13,11 @@ from lorakit.data.batches import Examples
 from lorakit.errors import NotFiniteError
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
-from lorakit.method import METHODS
-from lorakit.plan import LayerPlan, Plan
+from lorakit.method import METHODS, settled
+from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.rules import resolve_trained
 
 _LOWEST, _HIGHEST = 1e-5, 2e-2
-_ALPHA = 16  # scale x rank for which the rule holds
 _FULL, _HEAD = 0.1, 5.0  # beside a low-rank pair: pretrained matrices that learn as a whole; a new head alone
 _BELOW, _ABOVE = 32.0, 64.0  # the range: from so far below the rule's rate to so far above
 _FEWEST, _MOST, _SHARE = 30, 60, 0.1  # steps of the test, and their share of the run's
@@ -55,13 +54,15 @@ def default_rate(learner: Learner, plan: Plan) -> Rate:
 
 
 def _pace(layer: LayerPlan) -> float:
-    """How much faster than LoRA with alpha 16 this layer may learn.
+    """How much faster than LoRA at its usual scale this layer may learn; `Method.pace` is that at the method's own.
 
     A step of Adam moves b by the rate, and the delta by that times the scale; a, and a head, move whatever the scale.
     """
     method = METHODS[layer.method]
-    alpha = abs(layer.scale_value * layer.rank) if method.takes_rank else _ALPHA
-    return float(method.pace * min((_ALPHA / alpha) ** 0.75, 4.0))
+    if not method.takes_rank:
+        return method.pace
+    usual = resolve_scale(method.scale, layer.rank)
+    return float(method.pace * min(abs(usual / settled(layer).scale_value) ** 0.75, 4.0))
 
 
 def _trains_base(learner: Learner, plan: Plan) -> bool:

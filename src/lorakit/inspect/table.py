@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, refuse_broken, same_base
 from lorakit.attach import base_fingerprint
 from lorakit.attach.places import made_on
 from lorakit.describe import locate
-from lorakit.errors import AdapterError, BaseMismatchError
+from lorakit.errors import AdapterError, BaseMismatchError, PlanError
 from lorakit.linalg import effective_rank, energy_rank, product_svd, stable_rank
-from lorakit.method import METHODS, layer_update
+from lorakit.method import Held, layer_update
 from lorakit.update import AdaptedLayer
 
 
@@ -104,6 +104,22 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
     return View(repr(adapter), tuple(views), {name: tensor.numel() for name, tensor in adapter.trained.items()})
 
 
+def _spectrum(layer: AdaptedLayer, weight: Tensor | None) -> Tensor | None:
+    """Singular values of the delta; None where it cannot be told without the base weight, which is not there."""
+    try:
+        update = layer_update(layer, None if weight is None else Held(weight))
+    except PlanError:
+        return None
+    if update.is_pair and update.a is not None and update.b is not None:
+        return product_svd(update.b, update.a, update.scale).s
+    if weight is None and (update.dense is None or update.gain is not None or update.gain_in is not None):
+        return None
+    base = torch.zeros_like(update.dense) if weight is None and update.dense is not None else weight
+    assert base is not None
+    found: Tensor = torch.linalg.svdvals(update.delta(base).float())
+    return found
+
+
 def _view(path: str, layer: AdaptedLayer, model: nn.Module | None) -> LayerView:
     weight = None
     if model is not None:
@@ -111,16 +127,9 @@ def _view(path: str, layer: AdaptedLayer, model: nn.Module | None) -> LayerView:
         if found is None:
             raise AdapterError(f"the model has no layer '{path}', which the adapter changes")
         weight = found.kind.canonical(found.module, found.weight.detach()).float()
-    method = METHODS[layer.method]
-    if weight is None and not method.exact_pair:
+    s = _spectrum(layer, weight)
+    if s is None:
         return LayerView(path, layer.method, layer.rank, None, None, None, None, None, None)
-    if method.exact_pair:
-        update = layer_update(layer)
-        assert update.a is not None and update.b is not None
-        s = product_svd(update.b, update.a, update.scale).s
-    else:
-        assert weight is not None
-        s = torch.linalg.svdvals(layer_update(layer, lambda: weight).delta(weight).float())
     s = s.reshape(-1, s.shape[-1]).square().sum(0).sqrt() if s.ndim > 1 else s  # experts: all together
     norm = float(s.square().sum().sqrt())
     relative = None if weight is None else norm / max(float(torch.linalg.vector_norm(weight)), math.ulp(0.0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.linalg import row_norms
 from lorakit.method import METHODS, Factors, Method, ReadWeight
-from lorakit.methods.lora import fresh_pair, whole_pair
+from lorakit.methods.lora import Lora, fresh_pair, whole_pair
 from lorakit.peft_layout import pair_from_peft, pair_to_peft, vector_to_peft
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -29,6 +29,7 @@ class Dora(Method):
     frozen = frozenset({"a0", "b0"})
     reads_weight = True
     exact_pair = False
+    peft_leaves = Lora.peft_leaves | {"lora_magnitude_vector"}
     peft_type = "LORA"
     peft_config = {"use_dora": True}
 

@@ -24,8 +24,12 @@ class Ia3(Method):
     use = "a few thousand numbers: many tasks, little data"
     source = "Liu et al., 2022, arXiv 2205.05638"
     pace = 4.0
+    scale = 1.0
     takes_rank = False
+    takes_scale = False
+    takes_start = False
     exact_pair = False
+    peft_leaves = frozenset({"ia3_l"})
     peft_type = "IA3"
 
     def shapes(self, spec: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:

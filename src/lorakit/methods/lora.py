@@ -42,6 +42,8 @@ class Lora(Method):
     use = "the default; merges, serves and exports everywhere"
     source = "Hu et al., 2021, arXiv 2106.09685"
     frozen = frozenset({"a0", "b0"})
+    plain = True
+    peft_leaves = frozenset({"lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"})
     peft_type = "LORA"
     peft_config = {"use_dora": False}
 

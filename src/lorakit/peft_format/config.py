@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorakit.method import METHODS, Method
+
 Config = Mapping[str, Any]
-READS = ("IA3", "LORA")
 _CHECKED = (0, 21, 2)  # the newest peft of which is known how it applies out_proj (peft_layout.OUT_PROJ_TIMES)
 _KEPT = (
     "task_type",
@@ -30,10 +31,25 @@ _FOREIGN = (
     "monteclora_config",
     "kasa_config",
 )
-_KNOWN_SWITCHES = frozenset({*_FOREIGN, "use_dora", "use_rslora"})
+_KNOWN_SWITCHES = frozenset({*_FOREIGN, "use_dora", "use_rslora", "use_effective_conv2d", "use_cayley_neumann"})
 _HARMLESS_CONFIGS = frozenset(
     {"eva_config", "corda_config", "loftq_config", "lora_ga_config", "megatron_config", "runtime_config"}
 )
+
+
+def read_types() -> list[str]:
+    """Every `peft_type` that is read."""
+    return sorted({method.peft_type for method in METHODS if method.peft_type})
+
+
+def is_of(method: Method, config: Config) -> bool:
+    """Is this the method of which an adapter_config.json tells?"""
+    return method.peft_type == config.get("peft_type") and method.reads_peft(config)
+
+
+def is_bias_saved(config: Config) -> bool:
+    """Are biases in the file: all, or those of the adapted layers?"""
+    return config.get("bias") == "all" or str(config.get("bias")).endswith("_only")
 
 
 def type_faults(config: Config) -> list[str]:
@@ -44,7 +60,7 @@ def type_faults(config: Config) -> list[str]:
         if not good:
             faults.append(f"'{key}' is {config[key]!r} in adapter_config.json; it must be {wanted}")
 
-    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+    for key in ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern"):
         value = config.get(key)
         if key.endswith("_pattern"):
             inner = value.items() if isinstance(value, Mapping) else ()
@@ -54,7 +70,7 @@ def type_faults(config: Config) -> list[str]:
         elif key in config:
             check(
                 key,
-                _is_rank(value) if key == "r" else _is_number(value),
+                (_is_rank(value) or (value == 0 and "oft_block_size" in config)) if key == "r" else _is_number(value),
                 "a whole number" if key == "r" else "a number",
             )
     for key in ("modules_to_save", "target_parameters", "target_modules", "feedforward_modules"):
@@ -62,7 +78,7 @@ def type_faults(config: Config) -> list[str]:
         listed_ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
         regex_ok = isinstance(value, str) and key in ("target_modules", "feedforward_modules") and _is_regex(value)
         check(key, value is None or listed_ok or regex_ok, "a list of names")
-    if config.get("bias", "none") not in ("none", "all", "lora_only", None):
+    if config.get("bias", "none") not in ("none", None) and not is_bias_saved(config):
         check("bias", False, "'none', 'lora_only' or 'all'")
     return faults
 
@@ -111,7 +127,7 @@ class Ranks:
 
     def __init__(self, config: Config) -> None:
         self._rank, self._alpha = _lookup(config.get("rank_pattern")), _lookup(config.get("alpha_pattern"))
-        self._common = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+        self._common = int(config.get("r", 8)), float(config.get("lora_alpha", config.get("alpha", 8)))
         self._stable = bool(config.get("use_rslora"))
 
     def rank(self, key: str) -> int:
@@ -123,7 +139,7 @@ class Ranks:
         """The number that multiplies."""
         found, rank = self._alpha(key), self.rank(key)
         alpha = self._common[1] if found is None else float(found)
-        return alpha / (math.sqrt(rank) if self._stable else rank)
+        return alpha / (math.sqrt(rank) if self._stable else rank or 1)  # OFT may have no rank, nor a scale
 
 
 def _lookup(patterns: Config | None) -> Callable[[str], Any]:

@@ -7,20 +7,23 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from lorakit.errors import AdapterError, listed
-from lorakit.method import METHODS
+from lorakit.method import METHODS, Told
 from lorakit.peft_format.config import (
-    READS,
     Ranks,
     foreign_faults,
+    is_bias_saved,
     is_feedforward,
+    is_of,
     is_saved,
     is_target,
     newer_than_checked,
+    read_types,
     type_faults,
 )
 from lorakit.peft_format.names import (
@@ -32,17 +35,15 @@ from lorakit.peft_format.names import (
     original,
     wrapped_parameter,
 )
-from lorakit.peft_layout import OUT_PROJ_TIMES, out_proj_share, pair_from_peft
+from lorakit.peft_layout import OUT_PROJ_TIMES, kind_of_pair, out_proj_share, pair_from_peft, stored_shape
 from lorakit.update import AdaptedLayer
 
-_LEAF = re.compile(
-    r"(?P<module>.+?)\.(?P<leaf>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|ia3_l|lora_magnitude_vector)"
-    r"(?:(?<=_vector)\.weight)?"
-)
 _CONV = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
 _EMBEDDINGS = frozenset(  # what PEFT saves with save_embedding_layers, by the names models have for it
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings"}
 )
+
+_ROOT = "base_model."
 
 Layers = Mapping[str, AdaptedLayer]
 Decoded = tuple[dict[str, AdaptedLayer], dict[str, Tensor]]
@@ -62,13 +63,15 @@ def decode(
     half, rank that contradicts the configuration, options that lorakit lacks.
     """
     peft_type = config.get("peft_type")
-    if peft_type not in READS:
-        raise AdapterError(f"{source}: peft_type is {peft_type!r}; lorakit reads {', '.join(READS)}")
+    if peft_type not in read_types():
+        raise AdapterError(f"{source}: peft_type is {peft_type!r}; lorakit reads {', '.join(read_types())}")
     faults = foreign_faults(config)
     wrong = type_faults(config)
     if wrong:
         raise AdapterError(f"{source}: {listed([*wrong, *faults])}")
-    leaves, trained = _sorted_out(tensors, config, known_trained, faults)
+    common = _common(tensors, config)
+    own = {key: tensor for key, tensor in tensors.items() if key.removeprefix(_ROOT) not in common}
+    leaves, trained = _sorted_out(own, config, known_trained, faults)
     paths = _paths(leaves, config, known, faults)
     hosts = attention_hosts(set(paths.values()))
     if hosts and known is None and newer_than_checked(config):
@@ -83,7 +86,7 @@ def decode(
             continue
         path = paths[module]
         try:
-            layers[path] = _layer(path, own, config, ranks, hosts, known[path] if known else None)
+            layers[path] = _layer(path, own, config, ranks, hosts, known[path] if known else None, common)
         except AdapterError as error:
             faults.append(str(error))
     if not leaves and not faults:
@@ -94,15 +97,30 @@ def decode(
     return layers, trained
 
 
+def _common(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a file holds once for all layers, without its prefix."""
+    names = {name for method in METHODS if is_of(method, config) for name in method.peft_common}
+    return {name: tensors[_ROOT + name] for name in names if _ROOT + name in tensors}
+
+
+@cache
+def _leaf_pattern() -> re.Pattern[str]:
+    """A name in a file: the wrapper's path, and what of the layer it is."""
+    names = {name for method in METHODS for name in method.peft_leaves}
+    found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.compile(rf"(?P<module>.+?)\.(?P<leaf>{found})(?:(?<=_vector)\.weight)?")
+
+
 def _sorted_out(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], known: frozenset[str] | None, faults: list[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Wrapper -> leaves, and parameter -> whole tensor."""
     leaves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     trained: dict[str, Tensor] = {}
+    of_layer = _leaf_pattern()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = _LEAF.fullmatch(name)
+        match = of_layer.fullmatch(name)
         if name == key:
             faults.append(f"tensor '{key}' does not begin with '{PREFIX}'")
         elif match:
@@ -124,7 +142,7 @@ def _is_trained(name: str, config: Mapping[str, Any]) -> bool:
     host, _, leaf = name.rpartition(".")
     if is_saved(config, name):
         return True
-    if leaf == "bias" and config.get("bias") in ("all", "lora_only"):
+    if leaf == "bias" and is_bias_saved(config):
         return config["bias"] == "all" or host.endswith(".base_layer")
     return leaf in ("weight", "bias") and original(host).rpartition(".")[2] in _EMBEDDINGS
 
@@ -167,9 +185,22 @@ def _layer(
     ranks: Ranks,
     hosts: set[str],
     known: AdaptedLayer | None,
+    common: Mapping[str, Tensor],
 ) -> AdaptedLayer:
     if config["peft_type"] == "IA3":
         return _gain(path, leaves, config)
+    if config["peft_type"] != "LORA":
+        entry = next(method for method in METHODS if is_of(method, config))
+        foreign = sorted(leaves.keys() - entry.peft_leaves)
+        if foreign:
+            raise AdapterError(f"'{path}' has {', '.join(foreign)}, which adapter_config.json does not announce")
+        told = Told(config, ranks.rank(path), ranks.scale(path), common)
+        try:
+            return entry.read_peft(leaves, told)
+        except KeyError as error:
+            raise AdapterError(f"'{path}' lacks {error.args[0]}; the file is incomplete") from None
+        except AdapterError as error:
+            raise AdapterError(f"'{path}' {error}") from None
     method = "dora" if config.get("use_dora") else "lora"
     _whole(path, leaves, method)
     key = attention_host(path, hosts) or path
@@ -195,28 +226,11 @@ def _layer(
         raise AdapterError(f"'{path}': lora_A has rank {a.shape[0]} and lora_B rank {b.shape[1]}")
     elif a.shape[0] != declared:
         raise AdapterError(f"'{path}' has rank {a.shape[0]}, adapter_config.json says {declared}")
-    kind = _pair_kind(leaves, config, bare)
+    kind = "parameter" if bare else kind_of_pair(leaves, config)
     factors = pair_from_peft(leaves, experts) if experts else METHODS[method].from_peft(leaves, kind)
     start = config.get("init_lora_weights", True)
     start = "kaiming" if start is True else start if isinstance(start, str) else ""
-    return AdaptedLayer(method, kind, _stored_shape(kind, leaves, factors), factors, declared, ranks.scale(key), start)
-
-
-def _stored_shape(kind: str, leaves: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    a, b = factors["a"], factors["b"]
-    if kind in ("embedding", "hf_conv1d"):
-        return (a.shape[1], b.shape[0])
-    if kind.startswith("conv"):
-        return (b.shape[0], *leaves["lora_A.weight"].shape[1:])
-    return (*b.shape[:-2], b.shape[-2], a.shape[-1])
-
-
-def _pair_kind(leaves: Mapping[str, Tensor], config: Mapping[str, Any], bare: bool) -> str:
-    if bare:
-        return "parameter"
-    if "lora_embedding_A" in leaves:
-        return "embedding"
-    return _CONV.get(leaves["lora_A.weight"].ndim, "hf_conv1d" if config.get("fan_in_fan_out") else "linear")
+    return AdaptedLayer(method, kind, stored_shape(kind, leaves, factors), factors, declared, ranks.scale(key), start)
 
 
 def _is_bare(path: str, config: Mapping[str, Any], hosts: set[str]) -> bool:

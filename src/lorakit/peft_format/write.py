@@ -6,7 +6,6 @@ Scales are written as plain alpha / r, which also those readers understand that 
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.method import METHODS
-from lorakit.peft_format.config import READS, Config, is_saved
+from lorakit.peft_format.config import Config, is_saved
 from lorakit.peft_format.names import PREFIX, NoTwinError, Wrapped, attention_host
-from lorakit.peft_layout import OUT_PROJ_TIMES, out_proj_share
+from lorakit.peft_layout import OUT_PROJ_TIMES, alpha_of, out_proj_share, pattern
 from lorakit.update import AdaptedLayer
 
+_TELL_CONV1D = ("FOURIERFT", "HIRA", "IA3", "LORA", "RANDLORA", "VERA")
+_WITHOUT_BIAS = ("LOHA", "LOKR", "HIRA")
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # for these PEFT demands a trained head
 
 Layers = Mapping[str, AdaptedLayer]
@@ -51,7 +52,7 @@ def _encode(layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept:
             f"PEFT has one method for an adapter, and this one has {', '.join(sorted(methods)) or 'none'}"
         )
     method = METHODS[methods.pop()]
-    if method.peft_type not in READS:
+    if method.peft_type is None:
         raise NoTwinError(f"PEFT has no method '{method.name}'")
     wrapped = Wrapped(layers)
     tensors: dict[str, Tensor] = {}
@@ -63,8 +64,16 @@ def _encode(layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept:
         tensors |= {f"{PREFIX}{wrapped.module_of(path)}.{leaf}": tensor for leaf, tensor in leaves.items()}
     tensors |= {f"{PREFIX}{wrapped.inside(name)}": tensor for name, tensor in trained.items()}
     config = _config(method.peft_type, wrapped, layers, trained, base_name, kept)
+    if method.peft_type not in ("IA3", "LORA"):
+        form = method.write_peft(layers)
+        if form is None:
+            raise NoTwinError(f"PEFT has one setting of '{method.name}' for all layers, and they differ here")
+        if wrapped.parameters or wrapped.hosts:
+            raise NoTwinError(f"PEFT has no '{method.name}' for a weight without a layer of its own")
+        tensors |= {f"base_model.{name}": tensor for name, tensor in form.common.items()}
+        config |= form.fields
     config |= method.peft_config
-    if config["fan_in_fan_out"] and wrapped.parameters:
+    if config.get("fan_in_fan_out") and wrapped.parameters:
         raise NoTwinError("PEFT does not adapt Conv1D layers and bare parameters together")
     return tensors, config
 
@@ -115,9 +124,10 @@ def _config(
         "inference_mode": True,
         "task_type": None if task in _HEAD_TASKS and not saved else task,
         "target_modules": _exactly(wrapped.target_modules, wrapped),
-        "fan_in_fan_out": any(layer.kind == "hf_conv1d" for layer in layers.values()),
         "modules_to_save": saved or None,
     }
+    if peft_type in _TELL_CONV1D:
+        config["fan_in_fan_out"] = any(layer.kind == "hf_conv1d" for layer in layers.values())
     if kept.get("revision"):
         config["revision"] = kept["revision"]
     if peft_type == "IA3":
@@ -128,8 +138,13 @@ def _config(
         return config
     biases = [host for host, _, leaf in (name.rpartition(".") for name in trained) if leaf == "bias"]
     alone = [host for host in biases if f"{host}.weight" not in trained and not is_saved(config, f"{host}.bias")]
+    only = "lora_only" if peft_type == "LORA" else "all"
+    config["bias"] = "none" if not alone else only if set(alone) <= wrapped.depth.keys() else "all"
+    if peft_type != "LORA":
+        if peft_type in _WITHOUT_BIAS and config.pop("bias") != "none":
+            raise NoTwinError(f"PEFT trains no biases beside {peft_type}")
+        return config
     config |= _rank_fields(wrapped, layers)
-    config["bias"] = "none" if not alone else "lora_only" if set(alone) <= wrapped.depth.keys() else "all"
     config["lora_dropout"] = 0.0 if wrapped.parameters else kept.get("lora_dropout", 0.0)
     if wrapped.parameters:
         config["target_parameters"] = wrapped.target_parameters
@@ -158,23 +173,17 @@ def _rank_fields(wrapped: Wrapped, layers: Layers) -> dict[str, Any]:
             continue  # PEFT gives it the rank and alpha of in_proj
         key = wrapped.pattern_key(path)
         width[key] = layer.rank * (2 if "a0" in layer.factors else 1)
-        alpha[key] = float(f"{layer.scale * width[key]:.12g}")  # 16 / 3 * 3 is 16
-    common_width = Counter(width.values()).most_common(1)[0][0]
-    common_alpha = Counter(alpha.values()).most_common(1)[0][0]
-    ranks = {f"^{re.escape(key)}": n for key, n in width.items() if n != common_width}
-    alphas = {f"^{re.escape(key)}": _plain(x) for key, x in alpha.items() if x != common_alpha}
+        alpha[key] = alpha_of(layer.scale, width[key])
+    common_width, ranks = pattern(width)
+    common_alpha, alphas = pattern(alpha)
     return {
         "r": common_width,
-        "lora_alpha": _plain(common_alpha),
+        "lora_alpha": common_alpha,
         "use_rslora": False,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "init_lora_weights": True,
     }
-
-
-def _plain(number: float) -> float | int:
-    return int(number) if number.is_integer() else number
 
 
 def _modules_to_save(wrapped: Wrapped, trained: Mapping[str, Tensor], kept: Config) -> list[str]:

@@ -42,7 +42,7 @@ def trials(method: str, *, kinds: Iterable[str] | None = None, start: str = "kai
     for case in CASES:
         if wanted is None or case.kind in wanted:
             for drive in case.drives:
-                yield Trial(method, start if METHODS[method].takes_rank else "", case, drive)
+                yield Trial(method, start if METHODS[method].takes_start else "", case, drive)
 
 
 def checks(trial: Trial) -> tuple[Callable[[Trial], None], ...]:

@@ -30,8 +30,9 @@ class Trial(NamedTuple):
     @property
     def plan(self) -> Plan:
         """The plan of this trial."""
-        rank = RANK if METHODS[self.method].takes_rank else 0
-        return Plan({self.case.path: LayerPlan(self.method, rank, 1.5, self.start)})
+        method = METHODS[self.method]
+        scale = 1.5 if method.takes_scale else ""
+        return Plan({self.case.path: LayerPlan(self.method, RANK if method.takes_rank else 0, scale, self.start)})
 
     @property
     def faults(self) -> list[str]:

@@ -172,9 +172,22 @@ class Trunk:
         return int(getattr(getattr(self.model, "config", None), "hidden_size", 0) or self._width)
 
     def gradients_in_place(self, on: bool) -> None:
-        """Whether groups add their gradients into those that are there, unseen by autograd."""
+        """Whether groups add their gradients into those that are there, unseen by autograd.
+
+        A step then begins with `clear`, and ends with `settle`.
+        """
         if self.groups is not None:
             self.groups.gradients_in_place(on)
+
+    def clear(self) -> None:
+        """Begins the gradients of a step."""
+        if self.groups is not None:
+            self.groups.clear()
+
+    def settle(self) -> None:
+        """Ends the gradients of a step: all of them are in the factors behind it."""
+        if self.groups is not None:
+            self.groups.settle()
 
     def refresh(self) -> None:
         """Takes over changed factors; to be called after every step."""
@@ -296,7 +309,8 @@ class Trunk:
         segments, ids = self._trial()
         with torch.no_grad(), inputs_recorded(self._home) as calls:
             self.hidden(ids, segments)
-        self.groups = make_groups(self._home, switch.active[0], calls, self.dtype, packs=self._peers is None)
+        packs = self._peers is None
+        self.groups = make_groups(self._home, switch.active[0], calls, self.dtype, packs, self.model)
         stack.callback(self.groups.release)
         if self._reads_images:
             with torch.no_grad():

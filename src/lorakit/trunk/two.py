@@ -87,6 +87,16 @@ class TextImageTrunk:
         self.text.gradients_in_place(on)
         self.image.gradients_in_place(on)
 
+    def clear(self) -> None:
+        """As with Trunk."""
+        self.text.clear()
+        self.image.clear()
+
+    def settle(self) -> None:
+        """As with Trunk."""
+        self.text.settle()
+        self.image.settle()
+
     def refresh(self) -> None:
         """Takes over changed factors; to be called after every step."""
         self.text.refresh()

@@ -32,13 +32,14 @@ _PAD_GPU = {torch.bfloat16: 16, torch.float16: 16}  # what matrix units take at 
 class Ready(NamedTuple):
     """Factors of a group as the products take them: `a (sum of r, i)`; each `b` transposed, `(r, o)`, its scale in it.
 
-    `into` are windows for the gradients of each `a (r, i)` and `b (o, r)`. Where they are given the backward adds to
-    them, and autograd gets none: the casts and copies on its way are as many as the products.
+    `into` are windows for the gradients of each `a (r, i)` and `b (o, r)`, None for what is frozen. Where they are
+    given the backward adds to them, and autograd gets none: the casts and copies on its way are as many as the
+    products.
     """
 
     a: Tensor
     b: tuple[Tensor, ...]
-    into: tuple[tuple[Tensor, Tensor], ...] = ()
+    into: tuple[Into, ...] = ()
 
 
 class Layer(NamedTuple):
