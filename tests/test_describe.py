@@ -1,5 +1,6 @@
 """What is found in real architectures, and what rules choose there."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +13,9 @@ import tiny
 from lorakit.describe import describe, locate
 from lorakit.errors import PlanError, UsageError
 from lorakit.plan import LayerPlan, Plan
-from lorakit.rules import plan, resolve_trained
+from lorakit.rules import plan
 from lorakit.update import LayerSpec
+from lorakit.whole import resolve_trained
 
 
 def cnn() -> nn.Module:
@@ -335,7 +337,7 @@ def test_blocks_keep_a_part_of_the_stack(blocks: object, wanted: set[int] | None
 
 
 def test_methods_without_rank_get_rank_zero_and_no_start() -> None:
-    assert set(plan(tiny.bert(), method="ia3", layers="q").layers.values()) == {LayerPlan("ia3", 0, "16/r", "")}
+    assert set(plan(tiny.bert(), method="ia3", layers="q").layers.values()) == {LayerPlan("ia3", 0, 1.0)}
 
 
 def test_clip_rank_lowers_the_rank_to_the_smaller_side() -> None:
@@ -451,3 +453,26 @@ def test_a_plan_for_another_model_is_refused_with_every_missing_layer() -> None:
     assert "the model has no layer 'encoder.x'" in message
     assert "the model has no layer 'classifer'; did you mean 'classifier'?" in message
     assert "'classifier': unknown method 'dra'; did you mean 'dora'?" in message
+
+
+def test_words_for_what_learns_whole() -> None:
+    model = tiny.bert()
+    everything = dict(model.named_parameters())
+    norms = resolve_trained(model, ["norms"])
+    assert set(norms) == {name for name in everything if "LayerNorm" in name}
+    last = resolve_trained(model, ["blocks last 1"])
+    assert set(last) == {name for name in everything if ".layer.1." in name}
+    found = resolve_trained(model, ["re:.*query.bias", "classifier"])
+    assert set(found) == {name for name in everything if name.endswith("query.bias") or name.startswith("classifier.")}
+    assert plan(model, layers="none", bias="all").trained == tuple(name for name in everything if "bias" in name)
+    assert not plan(model, layers=["none"], trained=["norms"]).layers
+    for wrong, words in [
+        ("norm", "did you mean 'norms'"),
+        ("blocks 7", "the model has blocks 0 to 1"),
+        ("re:(", "is not a regular expression"),
+        ("re:nothing", "is neither a module nor a parameter"),
+    ]:
+        with pytest.raises(PlanError, match=re.escape(words)):
+            plan(model, 2, "q", trained=[wrong])
+    with pytest.raises(UsageError, match="the plan is empty"):
+        lk.attach(model, plan(model, layers="none"))

@@ -27,7 +27,8 @@ ROOMS = {
     "kinds": 3,
     "algebra": 4,
     "describe": 5,
-    "rules": 5.5,  # reads what describe says
+    "whole": 5.2,  # reads what describe says
+    "rules": 5.5,  # and what learns whole
     "attach": 6,
     "trunk": 6.5,  # runs what attach has put on
     "tasks": 7,

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Specified to not save"),
     pytest.mark.filterwarnings("ignore:.*CUDA extension"),  # without it peft's BOFT has one factor
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # as peft says of every norm
 ]
 LLAMA = ["q_proj", "up_proj", "down_proj"]
 CNN = ["flat", "line", "point", "head"]
@@ -87,6 +88,8 @@ FROM_PEFT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "boft": ("llama", "BOFTConfig", {"boft_block_size": 4, "target_modules": LLAMA}),
     "boft by number": ("llama", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2, "target_modules": LLAMA}),
     "boft convolution": ("cnn", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 1, "target_modules": ["point"]}),
+    "norms": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
+    "norms with biases": ("bert", "LNTuningConfig", {"target_modules": ["LayerNorm"]}),
     "biases": ("bert", "VeraConfig", {"r": 2, "target_modules": ["query", "value"], "bias": "vera_only"}),
 }
 
@@ -96,7 +99,7 @@ def test_what_peft_writes_gives_the_same_output_and_comes_back_tensor_for_tensor
     name, config, fields = FROM_PEFT[case]
     written = written_by_peft(name, getattr(peft, config)(**fields), tmp_path / "theirs")
     adapter = lk.load(written.folder)
-    assert adapter.methods == (case.split()[0],) if case != "biases" else ("vera",)
+    assert adapter.methods == {"biases": ("vera",), "norms": ()}.get(case.split()[0], (case.split()[0],))
     model = base(name)
     lk.attach(model, adapter)
     assert not close(output(name, base(name)), written.output)
@@ -135,6 +138,8 @@ TO_PEFT: dict[str, tuple[str, Callable[[Any], lk.Plan]]] = {
     "oft embedding": ("words", lambda model: lk.plan(model, 4, ["words", "mix"], method="oft")),
     "boft": ("llama", lambda model: lk.plan(model, 1, method="boft")),
     "boft convolution": ("cnn", lambda model: lk.plan(model, 1, ["point", "head"], method="boft")),
+    "norms": ("llama", lambda model: lk.plan(model, layers="none", trained=["norms"])),
+    "norms with biases": ("bert", lambda model: lk.plan(model, layers="none", trained=["norms"])),
     "lora-fa": ("llama", lambda model: lk.plan(model, 3, method="lora-fa")),
 }
 

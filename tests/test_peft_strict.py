@@ -136,7 +136,7 @@ def test_every_value_of_the_wrong_type_is_listed(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["VBLORA", "PREFIX_TUNING", "", None, 3])
 def test_an_unknown_peft_type_is_refused(folder: Path, value: Any) -> None:
     change_config(folder, peft_type=value)
-    assert fault(folder).startswith(f"{folder}: peft_type is {value!r}; lorakit reads DELORA, FOURIERFT, HIRA")
+    assert fault(folder).startswith(f"{folder}: peft_type is {value!r}; lorakit reads BOFT, DELORA, FOURIERFT")
 
 
 def test_a_missing_or_damaged_configuration_is_refused(folder: Path, own: Path) -> None:

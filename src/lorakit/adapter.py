@@ -160,7 +160,7 @@ class Adapter:
             raise AdapterError(f"an adapter without layers is not written to '{path}'")
         refuse_broken(self, str(path))
         encoded = peft_format.encode(self.layers, self.trained, self.base_name, self.meta.get("peft"))
-        tensors, shared = (encoded[0], {}) if encoded else _native(self.layers, self.trained)
+        tensors = encoded[0] if encoded else _native(self.layers, self.trained)
         notes = {
             "format": FORMAT,
             "lorakit": __version__,
@@ -168,7 +168,7 @@ class Adapter:
             "why_native": "" if encoded else peft_format.why_no_twin(self.layers, self.trained),
             "layers": {path: _note(layer) for path, layer in self.layers.items()},
             "trained": sorted(self.trained),
-            "shared": shared,
+            "shared": _shared(self.layers),
             "digest": _digest(tensors),
             "meta": dict(self.meta),
         }
@@ -239,21 +239,30 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _native(
-    layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by our own names; and of those that stand in several layers, name -> the name under which they are."""
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
+def _shared(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
+    """Of factors that stand in several layers: `path:name` -> where the same tensor stands first."""
     first: dict[int, str] = {}
-    for path, layer in layers.items():
-        for name, factor in layer.factors.items():
-            key = f"{path}:{name}"
-            if first.setdefault(id(factor), key) == key:
-                tensors[key] = factor
-            else:
-                shared[key] = first[id(factor)]
-    return {**tensors, **{f"{name}:trained": tensor for name, tensor in trained.items()}}, shared
+    found = {f"{path}:{name}": factor for path, layer in layers.items() for name, factor in layer.factors.items()}
+    return {key: first[id(x)] for key, x in found.items() if first.setdefault(id(x), key) != key}
+
+
+def _native(layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our own names, each once."""
+    factors = {f"{path}:{name}": t for path, layer in layers.items() for name, t in layer.factors.items()}
+    again = _shared(layers)
+    own = {key: factor for key, factor in factors.items() if key not in again}
+    return {**own, **{f"{name}:trained": tensor for name, tensor in trained.items()}}
+
+
+def _tied(layers: dict[str, AdaptedLayer], shared: Mapping[str, str]) -> dict[str, AdaptedLayer]:
+    """The layers with what they share made one tensor again, where a file holds it several times."""
+    made = dict(layers)
+    for key, first in shared.items():
+        (path, _, name), (holder, _, theirs) = key.rpartition(":"), first.rpartition(":")
+        factor = made[holder].factors[theirs]
+        if same_tensor(made[path].factors[name], factor):
+            made[path] = replace(made[path], factors={**made[path].factors, name: factor})
+    return made
 
 
 def refuse_broken(adapter: Adapter, place: str) -> None:
@@ -286,7 +295,7 @@ def _from_notes(path: Path, tensors: dict[str, Tensor]) -> Adapter:
     layers, trained = rebuild(tensors, notes, path)
     if notes.get("digest") != _digest(tensors):
         raise AdapterError(f"the tensors in '{path / WEIGHTS}' are not those that were saved; the file is damaged")
-    return Adapter(layers, trained, notes["meta"])
+    return Adapter(_tied(layers, notes.get("shared", {})), trained, notes["meta"])
 
 
 def _blank(note: Mapping[str, Any], factors: dict[str, Tensor]) -> AdaptedLayer:

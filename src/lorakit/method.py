@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lorakit.errors import PlanError, nearest
 from lorakit.peft_layout import alpha_of, pattern
-from lorakit.plan import LayerPlan, resolve_scale
+from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.registry import Registry
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -159,14 +160,7 @@ class Method(ABC):
 
     def size(self, spec: LayerSpec, rank: int) -> int:
         """Trainable numbers on this layer."""
-        total = 0
-        for name, shape in self.shapes(spec, rank).items():
-            if name not in self.frozen:
-                count = 1
-                for side in shape:
-                    count *= side
-                total += count
-        return total
+        return sum(prod(shape) for name, shape in self.shapes(spec, rank).items() if name not in self.frozen)
 
     def to_peft(self, layer: AdaptedLayer) -> dict[str, Tensor] | None:
         """Tensors under PEFT's leaf names; None where PEFT cannot say this."""
@@ -197,12 +191,14 @@ class Pair(NamedTuple):
 
 
 class Start(ABC):
-    """How a low-rank pair begins. Class attributes: `name`, `use`, `source`, `zero` (the product `b @ a` is 0)."""
+    """How a low-rank pair begins. Class attributes: `name`, `use`, `source`, `zero` (the product `b @ a` is 0), `free`
+    (with any `a` it is)."""
 
     name: ClassVar[str]
     use: ClassVar[str]
     source: ClassVar[str]
     zero: ClassVar[bool] = True
+    free: ClassVar[bool] = False
 
     @abstractmethod
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
@@ -241,7 +237,7 @@ def check_plan(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) 
         method = METHODS[plan.method]
         whole = settled(plan)
         found = _of_others(path, plan) or (_scale_faults(path, whole) if method.takes_rank else [])
-        found = found or method.faults(spec, whole)
+        found = found or method.faults(spec, whole) or _share_faults(spec, whole)
         faults[alike] = found or (STARTS[whole.start].faults(spec, whole.rank) if method.takes_start else [])
     return [
         f"{fault} (and {more[alike]} more like it)" if more[alike] else fault
@@ -261,6 +257,21 @@ def settled(plan: LayerPlan) -> LayerPlan:
     )
 
 
+def trainable(specs: Mapping[str, LayerSpec], plan: Plan) -> int:
+    """Numbers that learn in the layers of a plan; what they share is counted once."""
+    total = 0
+    seen: set[tuple[object, ...]] = set()
+    for path, entry in plan.layers.items():
+        method, spec, layer = METHODS[entry.method], specs[path], settled(entry)
+        total += method.size(spec, layer.rank)
+        for name in layer.shared:
+            shape = method.shapes(spec, layer.rank)[name]
+            alike = (layer.share, layer.method, spec.role, name, shape)
+            total -= prod(shape) if alike in seen else 0
+            seen.add(alike)
+    return total
+
+
 def _of_others(path: str, plan: LayerPlan) -> list[str]:
     """What a plan says that the method has no use for, or that nobody knows."""
     method = METHODS[plan.method]
@@ -270,6 +281,18 @@ def _of_others(path: str, plan: LayerPlan) -> list[str]:
         return [f"'{path}': method '{plan.method}' has no scale; leave scale {plan.scale} out"]
     if plan.start and plan.start not in STARTS:
         return [f"'{path}': unknown start '{plan.start}'{nearest(plan.start, STARTS.names())}"]
+    return []
+
+
+def _share_faults(spec: LayerSpec, plan: LayerPlan) -> list[str]:
+    """Why factors of this layer cannot be those of others too. `plan` is settled."""
+    method, path = METHODS[plan.method], spec.path
+    known = sorted(method.shapes(spec, plan.rank).keys() - method.frozen) if plan.share else []
+    strange = [name for name in plan.shared if name not in known]
+    if strange or (plan.share and not plan.shared):
+        return [f"'{path}': share {plan.share!r} names no factor of '{plan.method}'; it may name {', '.join(known)}"]
+    if plan.share and method.takes_start and not STARTS[plan.start].free:
+        return [f"'{path}': start '{plan.start}' makes a and b for each other, so none of them can be shared"]
     return []
 
 

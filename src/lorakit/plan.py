@@ -11,7 +11,7 @@ start = "kaiming"
 
 [layers]
 "encoder.layer.0.attention.self.query" = {}
-"encoder.layer.0.attention.self.value" = { rank = 4 }
+"encoder.layer.0.attention.self.value" = { rank = 4, share = "a" }
 """
 
 import json
@@ -71,12 +71,22 @@ def _no_scale(rule: object) -> PlanError:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer gets. `rank` is 0 for methods without one (ia3); `scale` and `start` "" are the method's own."""
+    """What one layer gets. `rank` is 0 for methods without one (ia3); `scale` and `start` "" are the method's own.
+
+    `share` names factors, "a", "b" or "a+b", that are one tensor for all layers alike: of one role, with these factors
+    of one shape, that share the same (Renduchintala et al., 2023, Tied-LoRA; Song et al., 2024, ShareLoRA).
+    """
 
     method: str = "lora"
     rank: int = 8
     scale: float | str = ""
     start: str = ""
+    share: str = ""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the shared factors."""
+        return tuple(name for name in self.share.split("+") if name)
 
     @property
     def scale_value(self) -> float:
@@ -161,7 +171,8 @@ class Plan:
         return cls.parse(text, str(path))
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"method": (str,), "rank": (int,), "scale": (int, float, str), "start": (str,)}
+_TYPES: dict[str, tuple[type, ...]] = {"method": (str,), "rank": (int,), "scale": (int, float, str)}
+_TYPES |= {"start": (str,), "share": (str,)}
 
 
 def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> LayerPlan:

@@ -6,12 +6,12 @@ from functools import lru_cache
 
 from torch import nn
 
-from lorakit.describe import describe, locate, walk
+from lorakit.describe import describe
 from lorakit.errors import PlanError, UsageError, listed, nearest
-from lorakit.kinds.parameter import bias_name
 from lorakit.method import METHODS, STARTS, check_plan, settled
 from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.update import LayerSpec
+from lorakit.whole import biases, blocks_of, resolve_trained
 
 GROUPS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"q", "k", "v", "qkv", "o"}),
@@ -33,6 +33,7 @@ def plan(
     method: str = "lora",
     scale: float | str | None = None,
     start: str | None = None,
+    share: str = "",
     blocks: str | Iterable[int] | None = None,
     trained: Sequence[str] = (),
     bias: str = "none",
@@ -40,12 +41,14 @@ def plan(
 ) -> Plan:
     """Turns rules into a Plan for this model.
 
-    `layers`: "all-linear" (every matrix but heads and embeddings), "all-conv", "all", "attention", "mlp",
+    `layers`: "all-linear" (every matrix but heads and embeddings), "all-conv", "all", "none", "attention", "mlp",
     "embeddings", a role ("q", "up", "experts" ...), the end of a layer path, a regular expression for the whole path
     ("re:" before it), a list of these, or a mapping from these to ranks: `{"attention": 8, "mlp": 16}`.
     `blocks`: "0-3", "4-", "last 2" or indices: only these layers of the stack; the others stay frozen.
     `scale` and `start`: the method's own ("16/r" and "kaiming" for lora), if not given.
-    `trained`: modules or parameters trained fully. `bias`: "none", "adapted" or "all".
+    `share`: "a", "b" or "a+b": these factors are one tensor for all layers of one role and shape.
+    `trained`: modules or parameters trained fully, or words for them ("norms", "blocks last 2"; see
+    `lorakit.whole`). `bias`: "none", "adapted" or "all".
     `clip_rank`: lower the rank where a layer's smaller side demands it, instead of refusing.
 
     Raises PlanError: unknown pattern, nothing matched, rank above a side; all faults at once.
@@ -55,8 +58,9 @@ def plan(
     refuse_rules(rank, method, scale, start, bias)
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
+    wanted = () if layers in ("none", ["none"]) else wanted
     ranks = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, rank)
-    keep = _blocks(blocks, specs)
+    keep = blocks_of(blocks, specs)
     chosen: dict[str, int] = {}
     faults: list[str] = []
     for rule, rule_rank in ranks.items():
@@ -73,12 +77,12 @@ def plan(
         for spec in inside:
             chosen[spec.path] = min(rule_rank, spec.max_rank) if clip_rank else rule_rank
     factor = "" if scale is None else scale
-    ready = {rank: settled(LayerPlan(method, rank, factor, start or "")) for rank in set(chosen.values())}
+    ready = {rank: settled(LayerPlan(method, rank, factor, start or "", share)) for rank in set(chosen.values())}
     entries = {spec.path: ready[chosen[spec.path]] for spec in specs if spec.path in chosen}
     faults += check_plan({spec.path: spec for spec in specs}, entries)
     if faults:
         raise PlanError(f"{type(model).__name__}: {listed(faults)}")
-    result = Plan(entries, tuple(trained) + _biases(model, entries, bias))
+    result = Plan(entries, tuple(trained) + biases(model, entries, bias))
     resolve_trained(model, result.trained)
     return result
 
@@ -134,73 +138,3 @@ def _no_match(rule: str, specs: Sequence[LayerSpec]) -> str:
     known |= {spec.path.rpartition(".")[2] for spec in specs}
     known.discard(rule)
     return f"'{rule}' matches none of the {len(specs)} layers{nearest(rule, known)}"
-
-
-def _blocks(blocks: str | Iterable[int] | None, specs: Sequence[LayerSpec]) -> set[int] | None:
-    if blocks is None:
-        return None
-    present = {spec.block for spec in specs if spec.block is not None}
-    top = max(present, default=-1)
-    if not isinstance(blocks, str):
-        chosen = set(blocks)
-    elif match := re.fullmatch(r"\s*last\s+(\d+)\s*", blocks):
-        chosen = set(range(top + 1 - int(match[1]), top + 1))
-    elif match := re.fullmatch(r"\s*(\d+)?\s*-\s*(\d+)?\s*", blocks):
-        chosen = set(range(int(match[1] or 0), int(match[2]) + 1 if match[2] else top + 1))
-    elif re.fullmatch(r"[\d,\s]+", blocks):
-        chosen = {int(part) for part in blocks.split(",") if part.strip()}
-    else:
-        raise PlanError(f'blocks {blocks!r} is not understood; use "0-3", "4-", "last 2" or "1,5"')
-    if not chosen or min(chosen) < 0 or max(chosen) > top:
-        has = f"blocks 0 to {top}" if present else "no blocks"
-        raise PlanError(f"blocks {blocks!r}: the model has {has}")
-    return chosen
-
-
-def _biases(model: nn.Module, entries: Mapping[str, LayerPlan], bias: str) -> tuple[str, ...]:
-    if bias == "none":
-        return ()
-    places = (locate(model, path) for path in entries)
-    adapted = {(id(place.module), bias_name(place.module, place.parameter)) for place in places if place is not None}
-    names = [
-        f"{path}.{name}" if path else name
-        for path, module in walk(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and "bias" in name and (bias == "all" or (id(module), name) in adapted)
-    ]
-    if not names:
-        raise PlanError(f"bias is {bias!r}, and the chosen layers have none")
-    return tuple(names)
-
-
-def resolve_trained(model: nn.Module, trained: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Names of modules or parameters -> the parameters themselves. "*" is every parameter of the model."""
-    trained = tuple(trained)
-    if not trained:
-        return {}
-    everything = {
-        f"{path}.{name}" if path else name: parameter
-        for path, module in walk(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    chosen: dict[str, nn.Parameter] = {}
-    faults: list[str] = []
-    for wanted in trained:
-        found = {
-            name: parameter
-            for name, parameter in everything.items()
-            if wanted == "*" or name == wanted or name.startswith(wanted + ".")
-        }
-        if not found:
-            modules = {path for path, _ in walk(model)}
-            faults.append(
-                f"trained '{wanted}' is neither a module nor a parameter{nearest(wanted, modules | set(everything))}"
-            )
-        integers = [name for name, parameter in found.items() if not parameter.is_floating_point()]
-        if integers:
-            faults.append(f"trained '{wanted}': '{integers[0]}' is not a floating-point parameter and cannot learn")
-        chosen |= found
-    if faults:
-        raise PlanError(f"{type(model).__name__}: {listed(faults)}")
-    return chosen

@@ -28,7 +28,7 @@ from lorakit.describe import locate, owner_of, walk
 from lorakit.errors import AttachError, UsageError, nearest
 from lorakit.method import METHODS
 from lorakit.plan import Plan
-from lorakit.rules import resolve_trained
+from lorakit.whole import resolve_trained
 
 _RESERVED = {
     "training",
@@ -92,8 +92,9 @@ def attach(
     if learn:
         _freeze(modules, switch)
     copies: dict[int, Tensor] = {}
+    held: dict[int, tuple[Factors, str]] = {}
     for place in places:
-        _put_layer(place, name, switch, learn, own, copies)
+        _put_layer(place, name, switch, learn, own, copies, held)
     _put_trained(model, stand_ins, name, adapter, learn)
     _quiet_nested_tensors(modules, switch)
     switch.names[name] = tuple(place.path for place in places)
@@ -121,7 +122,16 @@ def _freeze(modules: Modules, switch: Switch) -> None:
                 parameter.requires_grad_(False)
 
 
-def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool, copies: dict[int, Tensor]) -> None:
+def _put_layer(
+    place: Place,
+    name: str,
+    switch: Switch,
+    learn: bool,
+    own: bool,
+    copies: dict[int, Tensor],
+    held: dict[int, tuple[Factors, str]],
+) -> None:
+    """`copies` and `held`: of every factor so far its copy, and the layer that has it."""
     module, parameter = place.found.module, place.found.parameter
     child = slot_name(parameter)
     slot = module._modules.get(child)
@@ -138,7 +148,11 @@ def _put_layer(place: Place, name: str, switch: Switch, learn: bool, own: bool, 
         factors = {key: copies[id(factor)] for key, factor in factors.items()}
     method, spec = METHODS[place.layer.method], place.found.spec
     derived = method.derived(factors, (*spec.batch, *spec.matrix))
-    slot._modules[name] = Factors(method, place.layer, factors, derived, learn, module.training)
+    lent = {key: held[id(factor)] for key, factor in factors.items() if id(factor) in held}
+    rest = {key: factor for key, factor in factors.items() if key not in lent}
+    put = Factors(method, place.layer, rest, derived, lent, learn, module.training)
+    held |= {id(factor): (put, key) for key, factor in rest.items() if key not in method.frozen}
+    slot._modules[name] = put
 
 
 def _put_trained(

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter, fingerprint
@@ -12,8 +13,8 @@ from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
 from lorakit.method import METHODS, Held, check_plan, settled
 from lorakit.plan import LayerPlan, Plan
-from lorakit.rules import resolve_trained
 from lorakit.update import AdaptedLayer
+from lorakit.whole import resolve_trained
 
 
 def init(model: nn.Module, plan: Plan, *, seed: int = 0) -> Adapter:
@@ -35,6 +36,7 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
     draw = torch.Generator()
     layers = {path: _layer(place, plan.layers[path], _seeded(draw, seed, path)) for path, place in places.items()}
+    layers = _shared(layers, plan, places)
     for method in {layer.method for layer in layers.values()}:
         own = {path: layer for path, layer in layers.items() if layer.method == method}
         layers |= METHODS[method].unite(own, _seeded(draw, seed, method))
@@ -67,6 +69,30 @@ def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> Adapte
         spec.peculiar,
         (*spec.batch, *spec.matrix),
     )
+
+
+def _shared(layers: Mapping[str, AdaptedLayer], plan: Plan, places: Mapping[str, Found]) -> dict[str, AdaptedLayer]:
+    """The layers with the factors that their plan shares taken from the first that is alike. PlanError if none is."""
+    first: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+    made = dict(layers)
+    alone: dict[str, list[str]] = {}
+    for path, layer in layers.items():
+        for name in plan.layers[path].shared:
+            own, role = layer.factors[name], places[path].spec.role
+            alike = (plan.layers[path].share, layer.method, role, name, tuple(own.shape), own.device)
+            holder, factor = first.setdefault(alike, (path, own))
+            if holder == path:
+                alone[path] = [*alone.get(path, []), name]
+            else:
+                alone.pop(holder, None)
+                made[path] = replace(made[path], factors={**made[path].factors, name: factor})
+    if alone:
+        path, names = next(iter(alone.items()))
+        raise PlanError(
+            f"'{path}' shares {' and '.join(names)} with no other layer: none has its role "
+            f"('{places[path].spec.role}') and shape; leave share out there"
+        )
+    return made
 
 
 def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:

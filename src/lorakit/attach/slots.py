@@ -63,12 +63,17 @@ class Pair(NamedTuple):
 
 
 class Factors(nn.Module):
-    """The named tensors of one adapter on one layer. Frozen ones are buffers."""
+    """The named tensors of one adapter on one layer. Frozen ones are buffers.
+
+    A factor that several layers share belongs to the first of them; `lent` tells the others where it is: a parameter
+    registered twice is one that Transformers refuses to save.
+    """
 
     method: Method
     scale: float
     rank: int
     start: str
+    lent: dict[str, tuple["Factors", str]]
     cached: tuple[Any, Update, list[Tensor]] | None
     made: Update | None  # attach/once.py: the update as it was made once for a step
     stands: bool  # it is taken in the place of the factors' own, gradients and all
@@ -80,6 +85,7 @@ class Factors(nn.Module):
         layer: AdaptedLayer,
         factors: Mapping[str, Tensor],
         derived: Mapping[str, Tensor],
+        lent: Mapping[str, tuple["Factors", str]],
         trainable: bool,
         training: bool,
     ) -> None:
@@ -87,6 +93,7 @@ class Factors(nn.Module):
             "scale": layer.scale,
             "rank": layer.rank,
             "start": layer.start,
+            "lent": dict(lent),
             "cached": None,
             "made": None,
             "stands": False,
@@ -105,6 +112,8 @@ class Factors(nn.Module):
         found: dict[str, Tensor] = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
         if self._buffers:
             found |= {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        for name, (lender, theirs) in self.lent.items():
+            found[name] = lender._parameters[theirs]  # type: ignore[assignment]
         return found
 
     def kept(self) -> dict[str, Tensor]:

@@ -78,6 +78,9 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", default="lora", metavar="NAME", help="lora (default); all are in docs/methods.md")
     group.add_argument("--scale", help='"16/r" (default of most methods), "16/sqrt(r)" or a number')
     group.add_argument("--start", metavar="NAME", help="kaiming (default), gaussian, orthogonal, pissa; or see there")
+    group.add_argument(
+        "--share", default="", metavar="FACTORS", help='"a", "b" or "a+b": one for all layers of a role and shape'
+    )
     group.add_argument("--bias", default="none", help="biases to train fully: none (default), adapted or all")
     group.add_argument(
         "--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base'
@@ -110,6 +113,7 @@ def rules_from(args: argparse.Namespace) -> dict[str, Any]:
         "method": args.method,
         "scale": scale,
         "start": args.start,
+        "share": args.share,
         "blocks": args.blocks,
         "trained": args.trained,
         "bias": args.bias,
@@ -126,6 +130,7 @@ def plan_flags_given(args: argparse.Namespace) -> list[str]:
         "method": "lora",
         "scale": None,
         "start": None,
+        "share": "",
     }
     defaults |= {"bias": "none", "trained": [], "clip_rank": False}
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]

@@ -23,18 +23,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Reply:
     """Describes, plans, prints."""
     from lorakit.describe import describe
-    from lorakit.method import METHODS
-    from lorakit.rules import resolve_trained
+    from lorakit.method import trainable
     from lorakit.tasks.task import TASKS
+    from lorakit.whole import resolve_trained
 
     task, rules = TASKS[args.task], rules_from(args)
     base = task.base_for(args.base, None)
     plan = task.plan(base.model, **rules)
     specs = {spec.path: spec for spec in describe(base.model)}
     whole = {id(p): p.numel() for p in resolve_trained(base.model, plan.trained).values()}
-    count = sum(whole.values()) + sum(
-        METHODS[entry.method].size(specs[path], entry.rank) for path, entry in plan.layers.items()
-    )
+    count = sum(whole.values()) + trainable(specs, plan)
     total = sum(parameter.numel() for parameter in base.model.parameters())
     values = {"layers": len(plan.layers), "parameters": count, "base_parameters": total, "plan": plan.toml()}
     line = f"{len(plan.layers)} layers, {count:,} numbers to train: {count / total:.2%} of the base's {total:,}"

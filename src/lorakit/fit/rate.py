@@ -15,7 +15,7 @@ from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
 from lorakit.method import METHODS, settled
 from lorakit.plan import LayerPlan, Plan, resolve_scale
-from lorakit.rules import resolve_trained
+from lorakit.whole import resolve_trained
 
 _LOWEST, _HIGHEST = 1e-5, 2e-2
 _FULL, _HEAD = 0.1, 5.0  # beside a low-rank pair: pretrained matrices that learn as a whole; a new head alone

@@ -39,7 +39,7 @@ _HARMLESS_CONFIGS = frozenset(
 
 def read_types() -> list[str]:
     """Every `peft_type` that is read."""
-    return sorted({method.peft_type for method in METHODS if method.peft_type})
+    return sorted({"LN_TUNING", *(method.peft_type for method in METHODS if method.peft_type)})
 
 
 def is_of(method: Method, config: Config) -> bool:

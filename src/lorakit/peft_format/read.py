@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakit.errors import AdapterError, listed
 from lorakit.method import METHODS, Told
+from lorakit.peft_format import norms
 from lorakit.peft_format.config import (
     Ranks,
     foreign_faults,
@@ -63,6 +64,8 @@ def decode(
     half, rank that contradicts the configuration, options that lorakit lacks.
     """
     peft_type = config.get("peft_type")
+    if peft_type == norms.TYPE:
+        return {}, norms.decode(tensors, source)
     if peft_type not in read_types():
         raise AdapterError(f"{source}: peft_type is {peft_type!r}; lorakit reads {', '.join(read_types())}")
     faults = foreign_faults(config)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.method import METHODS
+from lorakit.peft_format import norms
 from lorakit.peft_format.config import Config, is_saved
 from lorakit.peft_format.names import PREFIX, NoTwinError, Wrapped, attention_host
 from lorakit.peft_layout import OUT_PROJ_TIMES, alpha_of, out_proj_share, pattern
@@ -46,6 +47,8 @@ def why_no_twin(layers: Layers, trained: Mapping[str, Tensor]) -> str:
 
 
 def _encode(layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept: Mapping[str, Any]) -> Encoded:
+    if not layers:
+        return norms.encode(trained, base_name, kept)
     methods = {layer.method for layer in layers.values()}
     if len(methods) != 1:
         raise NoTwinError(

@@ -13,6 +13,7 @@ class Gaussian(Start):
     name = "gaussian"
     use = "as in the LoRA paper; embeddings and diffusion models by habit"
     source = "Hu et al., 2021, arXiv 2106.09685"
+    free = True
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
         o, i = spec.matrix

@@ -13,6 +13,7 @@ class Kaiming(Start):
     name = "kaiming"
     use = "the default"
     source = "He et al., 2015; microsoft/LoRA"
+    free = True
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
         o, i = spec.matrix
