@@ -36,15 +36,20 @@ def cli_page() -> str:
 def methods_page() -> str:
     """Tables of methods, starts and kinds."""
     lines = ["# Methods, starts, kinds", "", "Written by docs/generate.py from the registries.", "", "## Methods", ""]
-    lines += [row("method", "delta of W", "numbers", "frozen", "when", "PEFT", "source"), row(*["---"] * 7)]
+    lines += [row("method", "delta of W", "numbers", "frozen", "when", "a pair", "PEFT", "source"), row(*["---"] * 8)]
     for method in sorted(METHODS, key=lambda m: m.name):
         own = sorted(method.frozen - {"a0", "b0"})
         frozen = ", ".join(["base", *(f"`{name}`" for name in own), *(["start"] if "a0" in method.frozen else [])])
         peft = method.peft_type or "none"
+        pair = "yes" if method.exact_pair else "by SVD" if method.linear else "no, nor merged"
         lines.append(
-            row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, peft, method.source)
+            row(method.name, f"`{method.formula}`", method.parameters, frozen, method.use, pair, peft, method.source)
         )
-    lines += ["", "`start`: the frozen copy of a start whose product is not zero. No rank: ia3."]
+    lines += [
+        "",
+        "`start`: the frozen copy of a start whose product is not zero. A pair can be truncated, served beside others",
+        "and made portable as it stands. What a method cannot do on a layer, planning it there says.",
+    ]
     lines += ["", "## Starts", "", row("start", "`b @ a` is zero", "when", "source"), row(*["---"] * 4)]
     for start in sorted(STARTS, key=lambda s: s.name):
         lines.append(

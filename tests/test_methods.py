@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.errors import PlanError
+from lorakit.errors import AttachError, PlanError
 from lorakit.linalg import effective_rank
 from lorakit.method import METHODS, STARTS, Factors, Held, layer_update
 from lorakit.plan import LayerPlan
@@ -186,13 +186,20 @@ def test_fresh_factors_change_nothing_and_have_the_declared_shapes_and_size(meth
     entry, weight = METHODS[method], weight_of(spec)
     rank = R if entry.takes_rank else 0
     plan = LayerPlan(method, rank, 1.5, "kaiming")
+    if not entry.linear and spec.batch:
+        assert "is read without a call" in entry.faults(spec, plan)[0]
+        return
     if entry.faults(spec, plan):
         plan = replace(plan, rank=1)  # bone divides both sides by it, and 1 divides all
     fresh, rank = entry.init(spec, plan, Held(weight), torch.Generator()), plan.rank
     assert {name: tuple(t.shape) for name, t in fresh.items()} == entry.shapes(spec, rank)
     assert entry.size(spec, rank) == sum(t.numel() for name, t in fresh.items() if name not in entry.frozen)
     derived = entry.derived(fresh, tuple(weight.shape))
-    changed = entry.update({**fresh, **derived}, 1.5, Held(weight)).weight(weight)
+    update = entry.update({**fresh, **derived}, 1.5, Held(weight))
+    if not entry.linear:
+        assert not update.b.any()  # type: ignore[union-attr]
+        return
+    changed = update.weight(weight)
     assert torch.allclose(changed, weight, rtol=1e-6)  # a length and its inverse: roundings of float32
 
 
@@ -216,6 +223,8 @@ def test_ranks_that_cannot_be_are_faults(rank: int, words: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_inspect_tells_the_spectrum_of_every_method_and_without_the_model_where_that_can_be(method: str) -> None:
+    if not METHODS[method].linear:
+        return
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
     before = [layer.weight.detach().clone() for layer in model]
     lk.attach(model, lk.plan(model, 2, method=method, scale=1.0))
@@ -233,6 +242,40 @@ def test_inspect_tells_the_spectrum_of_every_method_and_without_the_model_where_
     needs_model = METHODS[method].reads_weight or method in ("ia3", "ssf")
     assert all((view.norm is None) == needs_model for view in views[False].layers)
     assert all(view.norm is not None for view in views[True].layers)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "parallel"])
+def test_a_network_behind_or_beside_a_layer_is_the_one_of_its_paper(method: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(5, 7)).double()
+    lk.attach(model, lk.plan(model, 2, method=method, scale=1.5))
+    perturb(model.double(), 0.5)
+    f, y = lk.collect(model).layers["0"].factors, nn.functional.linear(x, model[0].weight, model[0].bias)
+    wanted = y + 1.5 * (f["a"] @ (y if method == "bottleneck" else x).T).relu().T @ f["b"].T
+    assert torch.allclose(model(x), wanted, atol=1e-12)
+    grid = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False)).double()
+    lk.attach(model, lk.plan(model, 2, "all-conv", method=method))
+    perturb(model.double(), 0.5)
+    f = lk.collect(model).layers["0"].factors
+    y = nn.functional.conv2d(grid, model[0].weight, stride=2)
+    patches = nn.functional.unfold(grid, 3, stride=2)
+    seen = y.flatten(2) if method == "bottleneck" else patches
+    wanted = y + (f["b"] @ (f["a"] @ seen).relu()).view_as(y)
+    assert torch.allclose(model(grid), wanted, atol=1e-12)
+
+
+def test_what_changes_outputs_cannot_be_merged_nor_used_where_no_layer_is_called() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    lk.attach(model, lk.plan(model, 2, method="bottleneck"))
+    with pytest.raises(
+        AttachError, match="nothing was merged: method 'bottleneck' at '0' changes outputs, not the weight"
+    ):
+        lk.merge(model)
+    attention = nn.MultiheadAttention(4, 2)
+    with pytest.raises(PlanError, match="the weight of 'out_proj' is read without a call"):
+        lk.plan(attention, 2, ["out_proj"], method="parallel")
 
 
 def _restored(model: nn.Sequential, weights: list[Tensor]) -> nn.Sequential:

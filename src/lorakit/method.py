@@ -86,7 +86,8 @@ class Method(ABC):
     never learn); `scale` (the rule where a plan names none); `pace` (its learning rate beside lora's, as measured);
     `takes_rank`; `takes_scale`; `bounded` (no rank above a layer's smaller side); `takes_start` (its pair begins by a
     start); `reads_weight` (the update depends on the base weight's numbers); `exact_pair` (the update is a low-rank
-    pair); `plain` (its factors `a` and `b` are that pair as they stand); `peft_type` and `peft_config` (the PEFT twin,
+    pair); `plain` (its factors `a` and `b` are that pair as they stand); `linear` (the update changes weight and
+    bias, so it can be merged); `peft_type` and `peft_config` (the PEFT twin,
     or None), `peft_leaves` and `peft_common` (names that its files have for each layer, and once).
     """
 
@@ -105,6 +106,7 @@ class Method(ABC):
     reads_weight: ClassVar[bool] = False
     exact_pair: ClassVar[bool] = True
     plain: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = None
     peft_config: ClassVar[Mapping[str, Any]] = {}
     peft_leaves: ClassVar[frozenset[str]] = frozenset()

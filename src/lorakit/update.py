@@ -4,6 +4,9 @@ For a layer with canonical weight `W (o, i)` and bias `c`:
 
     y = gain * ((W + scale * b @ a + dense) (gain_in * x)) + c' + bias,    c' = gain * c if gain_covers_bias else c
 
+A pair may have a function between its factors (`between`), and may read the layer's unchanged output instead of its
+input (`on_output`): it is then no change of the weight, and nothing that needs one can be done with it.
+
 Every part but the layer itself is optional. A method fills it (methods/), a kind applies it to a layer (kinds/);
 forward, merge, decomposition, report and export read nothing else. Leading batch dimensions are allowed everywhere
 (expert weights: `a (e, r, i)`, `b (e, o, r)`).
@@ -29,11 +32,19 @@ class Update:
     gain_in: Tensor | None = None
     bias: Tensor | None = None
     gain_covers_bias: bool = False
+    between: str = ""
+    on_output: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """A change of the weight and the bias, and nothing else."""
+        return not self.between and not self.on_output
 
     @property
     def is_pair(self) -> bool:
         """Nothing but a low-rank pair: the delta is `scale * b @ a` whatever the weight is."""
-        return self.a is not None and self.dense is None and self.gain is None and self.gain_in is None
+        alone = self.dense is None and self.gain is None and self.gain_in is None
+        return self.a is not None and alone and self.is_linear
 
     @property
     def rank(self) -> int:

@@ -9,6 +9,7 @@ Several active adapters add up: `W' = W + sum over k of (update_k(W) - W)`. All 
 that a model with adapters can be pickled and deep-copied.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,9 +75,7 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if len(updates) == 1 and updates[0].gain_in is not None:  # one product instead of two
         update = updates[0]
         x = x * update.gain_in.to(x.dtype)  # type: ignore[union-attr]
-        rest = Update(
-            update.a, update.b, update.scale, update.dense, update.gain, None, update.bias, update.gain_covers_bias
-        )
+        rest = replace(update, gain_in=None)
         return slot.kind.apply(module, x, type(module).forward(module, x), rest)
     y = type(module).forward(module, x)
     return combined(slot.kind, module, x, y, updates)

@@ -71,6 +71,8 @@ def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool) -
             parts = (update.a, update.b, update.dense, update.gain, update.gain_in, update.bias)
             if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
                 faults.append(f"the update of '{slot.path}' has NaN or infinite numbers")
+            if not update.is_linear:
+                faults.append(f"method '{factors.method.name}' at '{slot.path}' changes outputs, not the weight")
             if update.bias is not None and not bias_name(module, parameter):
                 faults.append(f"the update of '{slot.path}' has a bias and the layer has none to merge it into")
     for name in trained:

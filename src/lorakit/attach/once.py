@@ -97,7 +97,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _update(factors: Factors, reader: WeightReader) -> Update:
     with torch.enable_grad():
         update = factors.method.update(factors.tensors(), factors.scale, reader)
-    if update.a is None or update.b is None or not reader.kind.is_product:
+    if update.a is None or update.b is None or not reader.kind.is_product or not update.is_linear:
         return update
     (o, r), i = update.b.shape[-2:], update.a.shape[-1]
     if 4 * r * (o + i) <= o * i:  # four thin products on each side, forward and back, against the gradient of W

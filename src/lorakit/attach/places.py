@@ -48,10 +48,13 @@ def places_of(
         if drive == "weight" and owner is found.module and found.kind.name != "parameter":
             owner = parent_of(model, path)  # whoever demands this drive says that the weight is read from outside
         wrong = ([] if own else _misfits(layer, found.spec)) + _cannot(drive, found, owner)
+        taken = drive or _drive(found, owner, inside_torch)
+        if taken == "weight" and not METHODS[layer.method].linear:
+            wrong.append(not_called(path, layer.method))
         if wrong:
             faults += wrong
             continue
-        places.append(Place(path, owner, found, drive or _drive(found, owner, inside_torch), layer))
+        places.append(Place(path, owner, found, taken, layer))
     if adapter.layers and n_absent == len(adapter.layers):
         raise AdapterError(
             f"none of the adapter's {len(adapter.layers)} layers is in this {type(model).__name__}, "
@@ -60,6 +63,11 @@ def places_of(
     if faults:
         raise AdapterError(f"the adapter{made_on(adapter)} does not fit this {type(model).__name__}: {listed(faults)}")
     return places
+
+
+def not_called(path: str, method: str) -> str:
+    """The fault of a method that changes outputs where there are none to change."""
+    return f"the weight of '{path}' is read without calling its layer, and method '{method}' changes what a layer gives"
 
 
 def made_on(adapter: Adapter) -> str:

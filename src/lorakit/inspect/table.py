@@ -110,6 +110,8 @@ def _spectrum(layer: AdaptedLayer, weight: Tensor | None) -> Tensor | None:
         update = layer_update(layer, None if weight is None else Held(weight))
     except PlanError:
         return None
+    if not update.is_linear:
+        return None
     if update.is_pair and update.a is not None and update.b is not None:
         return product_svd(update.b, update.a, update.scale).s
     if weight is None and (update.dense is None or update.gain is not None or update.gain_in is not None):

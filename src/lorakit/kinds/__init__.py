@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.registry import Registry
@@ -55,8 +57,17 @@ class Kind(ABC):
         """`W (.., o, i)` as the layer stores it, a view: the inverse of `canonical`."""
 
     @abstractmethod
+    def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """The layer with weight `a (r, i)` and no bias, applied to `x`."""
+
+    def outer(self, module: nn.Module, h: Tensor, b: Tensor, groups: int = 1) -> Tensor:
+        """`b (o, r)` over the channels of `h`, which are the last dimension or, of a convolution's output, the first
+        but one."""
+        return F.linear(h, b)
+
     def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The layer with weight `b @ a` and no bias, applied to `x`, without forming the product."""
+        return self.outer(module, self.inner(module, x, a), b, getattr(module, "groups", 1))
 
     @abstractmethod
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -85,7 +96,8 @@ class Kind(ABC):
         if update.a is not None and update.b is not None:
             compute = x.dtype if x.is_floating_point() else y.dtype
             # the scale goes into `b`: torch 2.13's inductor loses the alpha of an add behind a 2-D product
-            y = y + self.pair(module, x, update.a.to(compute), (update.scale * update.b).to(compute)).to(y.dtype)
+            a, b = update.a.to(compute), (update.scale * update.b).to(compute)
+            y = y + (self.pair(module, x, a, b) if update.is_linear else self._between(module, x, y, a, b, update))
         if update.dense is not None:
             y = y + self.dense(module, x, update.dense.to(y.dtype))
         if update.gain is not None:
@@ -96,7 +108,17 @@ class Kind(ABC):
             y = y + self.over_outputs(update.bias.to(y.dtype), y)
         return y
 
+    def _between(self, module: nn.Module, x: Tensor, y: Tensor, a: Tensor, b: Tensor, update: Update) -> Tensor:
+        h = self.outer(module, y, a) if update.on_output else self.inner(module, x, a)
+        return self.outer(module, ACTIVATIONS[update.between](h), b)
 
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda h: h,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
 KINDS: Registry[Kind] = Registry("kind", "lorakit.kinds")
 
 

@@ -34,11 +34,14 @@ class _Conv(Kind):
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.reshape(weight_of(module).shape)
 
-    def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         groups: int = module.groups  # type: ignore[assignment]
         inner = a.reshape(a.shape[0], *weight_of(module).shape[1:])
         inner = inner.repeat(groups, *([1] * (inner.ndim - 1)))
-        h = module._conv_forward(x, inner, None)  # type: ignore[operator]
+        h: Tensor = module._conv_forward(x, inner, None)  # type: ignore[operator]
+        return h
+
+    def outer(self, module: nn.Module, h: Tensor, b: Tensor, groups: int = 1) -> Tensor:
         outer = b.reshape(*b.shape, *([1] * self.n_dims))
         return (F.conv1d, F.conv2d, F.conv3d)[self.n_dims - 1](h, outer, groups=groups)
 

@@ -31,8 +31,8 @@ class Embedding(Kind):
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight.mT
 
-    def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.embedding(x, a.mT), b)
+    def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.mT)
 
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.mT)

@@ -31,8 +31,8 @@ class Linear(Kind):
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight
 
-    def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.linear(x, a), b)
+    def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
 
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)

@@ -36,7 +36,7 @@ class Parameter(Kind):
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         return self.canonical(module, weight)
 
-    def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         raise AttachError("a bare parameter has no call of its own; it takes the weight drive")
 
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Boft(Method):
     """Butterfly factors of rotations, and a gain on the outputs."""
 
     name = "boft"
-    formula = "diag(s) @ W @ B^T - W, B of butterfly factors with `r` blocks each"
+    formula = "diag(s) @ W @ B^T - W, B of butterfly factors with r blocks each"
     parameters = "2 i^2 / r + o (i^2 / r + o where blocks cannot be halved)"
     use = "as oft, with channels mixed further; more numbers the lower r is"
     source = "Liu et al., ICLR 2024, arXiv 2311.06243"

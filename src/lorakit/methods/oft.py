@@ -25,7 +25,7 @@ class Oft(Method):
     """Blocks of rotations on the side of the inputs."""
 
     name = "oft"
-    formula = "W @ (R - I)^T, R of `r` blocks (I - Q)(I + Q)^-1"
+    formula = "W @ (R - I)^T, R of r blocks (I - Q)(I + Q)^-1"
     parameters = "i (i / r - 1) / 2"
     use = "keeps what the base knows: image models, few steps; more numbers the lower r is"
     source = "Qiu et al., NeurIPS 2023, arXiv 2306.07280"

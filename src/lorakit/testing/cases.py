@@ -86,6 +86,7 @@ def _one(name: str, make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(OrderedDict([(name, make())]))
 
 
+PADDING = 3  # token of the embedding that is padding
 _ALL, _CALLED, _READ = ("hook", "fused", "weight"), ("hook", "weight"), ("weight",)
 _down = "down_proj"  # the name of a matrix that ends an MLP: its role decides what some methods train
 CASES = (
@@ -105,7 +106,14 @@ CASES = (
     ),
     Case("conv2d that ends an MLP", "conv2d", _down, _ALL, _one(_down, lambda: nn.Conv2d(3, 4, 1)), (2, 3, 4, 4)),
     Case("conv3d", "conv3d", "layer", _CALLED, _one("layer", lambda: nn.Conv3d(2, 3, 2, bias=False)), (1, 2, 4, 3, 3)),
-    Case("embedding", "embedding", "layer", _CALLED, _one("layer", lambda: nn.Embedding(11, 6, padding_idx=3)), (2, 9)),
+    Case(
+        "embedding",
+        "embedding",
+        "layer",
+        _CALLED,
+        _one("layer", lambda: nn.Embedding(11, 6, padding_idx=PADDING)),
+        (2, 9),
+    ),
     Case("attention in_proj", "parameter", "attn.in_proj_weight", _READ, Attention, (2, 3, 6)),
     Case("attention out_proj", "linear", "attn.out_proj", _READ, Attention, (2, 3, 6)),
     Case(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach import attach
+from lorakit.attach.places import not_called
 from lorakit.attach.slots import Factors
 from lorakit.describe import locate
 from lorakit.method import METHODS
@@ -39,7 +40,11 @@ class Trial(NamedTuple):
         """Why the method cannot be planned here, in its own words."""
         found = locate(self.case.model(torch.float32), self.case.path)
         assert found is not None
-        return METHODS[self.method].faults(found.spec, self.plan.layers[self.case.path])
+        method = METHODS[self.method]
+        faults = method.faults(found.spec, self.plan.layers[self.case.path])
+        return faults or (
+            [not_called(self.case.path, self.method)] if self.drive == "weight" and not method.linear else []
+        )
 
     def base(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
         """Model, input, and what the untouched model answers."""
