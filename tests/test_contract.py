@@ -13,7 +13,7 @@ from lorakit.update import Update
 
 def _every_check() -> Iterator[object]:
     for method in METHODS.names():
-        starts = STARTS.names() if METHODS[method].takes_start else ["kaiming"]
+        starts = STARTS.names() if method in ("lora", "dora") else ["kaiming"]  # others begin by the same code
         for start in starts:
             for trial in trials(method, start=start):
                 for check in checks(trial):

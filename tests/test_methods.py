@@ -45,7 +45,7 @@ def test_a_start_gives_float32_factors_of_the_right_shape_that_repeat_with_the_s
     again = pair(start, spec)
     assert torch.equal(a, again[0])
     assert torch.equal(b, again[1])
-    if start != "pissa":  # which reads the weight and draws nothing
+    if STARTS[start].zero:  # the others read the weight and draw nothing
         assert not torch.equal(a, pair(start, spec, seed=1)[0])
 
 
@@ -89,6 +89,26 @@ def test_pissa_begins_at_the_best_approximation_of_the_weight(spec: LayerSpec, s
     best = u[..., :R] @ torch.diag_embed(s[..., :R]) @ vh[..., :R, :]
     assert torch.allclose(scale * b.double() @ a.double(), best, atol=1e-5)
     assert torch.allclose(b.mT @ b, a @ a.mT, atol=1e-5)  # the singular values are shared evenly
+
+
+@pytest.mark.parametrize("scale", [2.0, -1.5])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_milora_begins_at_the_least_singular_triples(spec: LayerSpec, scale: float) -> None:
+    a, b = pair("milora", spec, scale)
+    u, s, vh = torch.linalg.svd(weight_of(spec).double(), full_matrices=False)
+    least = u[..., -R:] @ torch.diag_embed(s[..., -R:]) @ vh[..., -R:, :]
+    assert torch.allclose(scale * b.double() @ a.double(), least, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_olora_begins_at_the_projection_on_the_first_columns(spec: LayerSpec) -> None:
+    a, b = pair("olora", spec)
+    weight = weight_of(spec).double()
+    eye = torch.eye(R, dtype=torch.float64).expand(*spec.batch, R, R)
+    assert torch.allclose(b.double().mT @ b.double(), eye, atol=1e-6)
+    assert torch.allclose(b.double() @ a.double(), b.double() @ (b.double().mT @ weight), atol=1e-5)
+    span = torch.linalg.lstsq(b.double(), weight[..., :R]).solution
+    assert torch.allclose(b.double() @ span, weight[..., :R], atol=1e-5)  # the first columns of W lie in it
 
 
 # ---------------------------------------------------------------- methods
@@ -242,6 +262,18 @@ def test_inspect_tells_the_spectrum_of_every_method_and_without_the_model_where_
     needs_model = METHODS[method].reads_weight or method in ("ia3", "ssf")
     assert all((view.norm is None) == needs_model for view in views[False].layers)
     assert all(view.norm is not None for view in views[True].layers)
+
+
+def test_starts_that_are_not_zero_go_with_methods_that_can_keep_them() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    x = torch.randn(3, 6)
+    wanted = model(x)
+    lk.attach(model, lk.plan(model, 2, method="lora-fa", start="milora"))
+    assert torch.allclose(model(x), wanted, atol=1e-5)
+    assert lk.collect(model).layers["0"].factors.keys() == {"a", "b", "a0", "b0"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (8 + 4)
+    with pytest.raises(PlanError, match="hira multiplies W, so its pair must begin at zero; take start 'kaiming'"):
+        lk.plan(nn.Sequential(nn.Linear(6, 8)), 2, method="hira", start="olora")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "parallel"])

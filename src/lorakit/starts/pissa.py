@@ -22,9 +22,14 @@ class Pissa(Start):
     zero = False
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
-        try:
-            u, s, vh = torch.linalg.svd(weight().detach().float().cpu() / abs(scale), full_matrices=False)
-        except RuntimeError as error:  # LinAlgError is one
-            raise PlanError(f"start 'pissa': the weight of '{spec.path}' has no decomposition ({error})") from None
-        b, a = Svd(u, s, vh.mT).truncated(rank).balanced()
+        b, a = svd_of(weight, scale, spec.path, self.name).truncated(rank).balanced()
         return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())
+
+
+def svd_of(weight: ReadWeight, scale: float, path: str, start: str) -> Svd:
+    """Singular value decomposition of `W / |scale|`, in float32 on the CPU."""
+    try:
+        u, s, vh = torch.linalg.svd(weight().detach().float().cpu() / abs(scale), full_matrices=False)
+    except RuntimeError as error:  # LinAlgError is one
+        raise PlanError(f"start '{start}': the weight of '{path}' has no decomposition ({error})") from None
+    return Svd(u, s, vh.mT)
