@@ -466,6 +466,7 @@ def test_words_for_what_learns_whole() -> None:
     assert set(found) == {name for name in everything if name.endswith("query.bias") or name.startswith("classifier.")}
     assert plan(model, layers="none", bias="all").trained == tuple(name for name in everything if "bias" in name)
     assert not plan(model, layers=["none"], trained=["norms"]).layers
+    assert not plan(model, layers={"none": 8}, trained=["norms"]).layers  # as the command line says it
     for wrong, words in [
         ("norm", "did you mean 'norms'"),
         ("blocks 7", "the model has blocks 0 to 1"),

@@ -58,7 +58,7 @@ def plan(
     refuse_rules(rank, method, scale, start, bias)
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
-    wanted = () if layers in ("none", ["none"]) else wanted
+    wanted = () if [*wanted] == ["none"] else wanted
     ranks = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted, rank)
     keep = blocks_of(blocks, specs)
     chosen: dict[str, int] = {}

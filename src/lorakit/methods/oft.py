@@ -123,8 +123,8 @@ def turned(weight: Tensor, blocks: Tensor) -> Tensor:
     """`weight (.., o, i)` times a block-diagonal matrix transposed, `blocks (.., n, b, b)`; one is for all places."""
     b = blocks.shape[-1]
     *lead, o, i = weight.shape
-    cut = weight.to(blocks.dtype).reshape(*lead, o, i // b, 1, b)
-    return (cut @ blocks.mT.unsqueeze(-4)).reshape(*lead, o, i)
+    cut = weight.to(blocks.dtype).reshape(*lead, o, i // b, b).transpose(-3, -2)
+    return (cut @ blocks.mT).transpose(-3, -2).reshape(*lead, o, i)
 
 
 def _turn(skew: Tensor, series: Tensor | None) -> Tensor:
