@@ -64,7 +64,7 @@ def _restaurants() -> Splits[Any]:
 
 JOBS = {
     "tag": Job("tag", tag.splits, _minilm, ("f1",), 3, 32, 8, (2e-3, 4e-3), (1e-4, 3e-4)),
-    "answer": Job("answer", answer.splits, _minilm, ("f1", "exact_match"), 10, 8, 8, (1e-3, 3e-3), (1e-4, 3e-4)),
+    "answer": Job("answer", answer.splits, _minilm, ("f1", "exact_match"), 10, 8, 8, (1e-3, 3e-3), (3e-5, 1e-4, 3e-4)),
     "image": Job("image", digits.data, digits.vit, ("accuracy",), 30, 32, 1, (2e-3, 5e-3), (3e-4, 1e-3), seeds=6),
     "complete": Job(
         "complete", complete.splits, complete.stories_base, ("perplexity",), 4, 16, 8, (5e-3, 1e-2), (1e-3, 2e-3),
