@@ -21,6 +21,9 @@ def base(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return tiny.MODELS[name]().to(dtype)
 
 
+MERGED = [m.name for m in METHODS if m.linear and m.name != "ssf"]  # which wants a bias everywhere
+
+
 def adapted(name: str, method: str = "lora", dtype: torch.dtype = torch.float32, **rules: object) -> nn.Module:
     model = base(name, dtype)
     lk.attach(model, lk.plan(model, rank=2, method=method, scale=1.0, **rules))  # type: ignore[arg-type]
@@ -38,7 +41,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", MERGED)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_runs_and_the_merged_model_answers_the_same(name: str, method: str, mode: str) -> None:
     model, batch = adapted(name, method), inputs(name)
@@ -57,7 +60,7 @@ def test_every_layer_runs_and_the_merged_model_answers_the_same(name: str, metho
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", MERGED)
 @pytest.mark.parametrize("name", NAMES)
 def test_detaching_restores_the_model(name: str, method: str) -> None:
     model = base(name)
@@ -98,7 +101,7 @@ def test_gradients_are_those_of_the_weights_by_the_chain_rule(name: str) -> None
     assert len(found) == 2 * checked, "something besides the factors got a gradient"
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", MERGED)
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_generation_gives_the_tokens_of_the_merged_model(name: str, method: str) -> None:
     model, batch = adapted(name, method).eval(), inputs(name, labels=False)
