@@ -118,7 +118,8 @@ def factors(method: str, spec: LayerSpec, start: str = "kaiming") -> Factors:
     """Fresh factors and noise, in float64."""
     entry = METHODS[method]
     plan = LayerPlan(method, R if entry.takes_rank else 0, 1.5, start if entry.takes_start else "")
-    fresh = METHODS[method].init(spec, plan, Held(weight_of(spec)), torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    fresh = entry.common([spec], plan.rank, draw) | entry.init(spec, plan, Held(weight_of(spec)), draw)
     g = torch.Generator().manual_seed(1)
     noise = {name: torch.randn(t.shape, generator=g, dtype=torch.float64) for name, t in fresh.items()}
     frozen = METHODS[method].frozen
@@ -211,7 +212,8 @@ def test_fresh_factors_change_nothing_and_have_the_declared_shapes_and_size(meth
         return
     if entry.faults(spec, plan):
         plan = replace(plan, rank=1)  # bone divides both sides by it, and 1 divides all
-    fresh, rank = entry.init(spec, plan, Held(weight), torch.Generator()), plan.rank
+    rank, draw = plan.rank, torch.Generator()
+    fresh = entry.common([spec], rank, draw) | entry.init(spec, plan, Held(weight), draw)
     assert {name: tuple(t.shape) for name, t in fresh.items()} == entry.shapes(spec, rank)
     assert entry.size(spec, rank) == sum(t.numel() for name, t in fresh.items() if name not in entry.frozen)
     derived = entry.derived(fresh, tuple(weight.shape))

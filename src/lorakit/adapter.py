@@ -160,7 +160,10 @@ class Adapter:
             raise AdapterError(f"an adapter without layers is not written to '{path}'")
         refuse_broken(self, str(path))
         encoded = peft_format.encode(self.layers, self.trained, self.base_name, self.meta.get("peft"))
-        tensors = encoded[0] if encoded else _native(self.layers, self.trained)
+        factors = _named(self.layers)
+        shared = _shared(factors)
+        own = {key: factor for key, factor in factors.items() if key not in shared}
+        tensors = encoded[0] if encoded else {**own, **{f"{n}:trained": t for n, t in self.trained.items()}}
         notes = {
             "format": FORMAT,
             "lorakit": __version__,
@@ -168,7 +171,7 @@ class Adapter:
             "why_native": "" if encoded else peft_format.why_no_twin(self.layers, self.trained),
             "layers": {path: _note(layer) for path, layer in self.layers.items()},
             "trained": sorted(self.trained),
-            "shared": _shared(self.layers),
+            "shared": shared,
             "digest": _digest(tensors),
             "meta": dict(self.meta),
         }
@@ -239,19 +242,15 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _shared(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
+def _named(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
+    """All factors by our own names, those in several layers too."""
+    return {f"{path}:{name}": factor for path, layer in layers.items() for name, factor in layer.factors.items()}
+
+
+def _shared(factors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of factors that stand in several layers: `path:name` -> where the same tensor stands first."""
     first: dict[int, str] = {}
-    found = {f"{path}:{name}": factor for path, layer in layers.items() for name, factor in layer.factors.items()}
-    return {key: first[id(x)] for key, x in found.items() if first.setdefault(id(x), key) != key}
-
-
-def _native(layers: Mapping[str, AdaptedLayer], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our own names, each once."""
-    factors = {f"{path}:{name}": t for path, layer in layers.items() for name, t in layer.factors.items()}
-    again = _shared(layers)
-    own = {key: factor for key, factor in factors.items() if key not in again}
-    return {**own, **{f"{name}:trained": tensor for name, tensor in trained.items()}}
+    return {key: first[id(x)] for key, x in factors.items() if first.setdefault(id(x), key) != key}
 
 
 def _tied(layers: dict[str, AdaptedLayer], shared: Mapping[str, str]) -> dict[str, AdaptedLayer]:

@@ -7,7 +7,7 @@ tensors out. A new one is one file in `methods/` or `starts/`, or an entry point
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -119,9 +119,9 @@ class Method(ABC):
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
         """Fresh factors in float32: an update that changes nothing."""
 
-    def unite(self, layers: Mapping[str, AdaptedLayer], generator: torch.Generator) -> Mapping[str, AdaptedLayer]:
-        """The fresh layers of one plan, with what they have in common made one tensor."""
-        return layers
+    def common(self, specs: Sequence[LayerSpec], rank: int, generator: torch.Generator) -> Factors:
+        """Fresh factors that all layers of a rank have in common, each one tensor; `init` leaves them out."""
+        return {}
 
     def derived(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
         """What follows from the factors and the shape of `W (.., o, i)` once and for all: kept beside the factors while
@@ -185,6 +185,12 @@ class Method(ABC):
         raise NotImplementedError
 
 
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform in +-1/sqrt(inputs), the last side (He et al., 2015, with a = sqrt 5; torch's own for linear layers)."""
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 class Pair(NamedTuple):
     """Initial factors. Where `b @ a` is not zero, the method subtracts the frozen start, so that nothing changes."""
 
@@ -213,6 +219,11 @@ class Start(ABC):
 
 METHODS: Registry[Method] = Registry("method", "lorakit.methods")
 STARTS: Registry[Start] = Registry("start", "lorakit.starts")
+
+
+def not_called(path: str, method: str) -> str:
+    """The fault of a method that changes outputs where there are none to change."""
+    return f"the weight of '{path}' is read without a call, and method '{method}' changes outputs"
 
 
 def method_named(name: str) -> Method:
@@ -261,17 +272,23 @@ def settled(plan: LayerPlan) -> LayerPlan:
 
 def trainable(specs: Mapping[str, LayerSpec], plan: Plan) -> int:
     """Numbers that learn in the layers of a plan; what they share is counted once."""
-    total = 0
-    seen: set[tuple[object, ...]] = set()
-    for path, entry in plan.layers.items():
-        method, spec, layer = METHODS[entry.method], specs[path], settled(entry)
-        total += method.size(spec, layer.rank)
+    layers = {path: settled(layer) for path, layer in plan.layers.items()}
+    total = sum(METHODS[layer.method].size(specs[path], layer.rank) for path, layer in layers.items())
+    again = [key for key, holder in sharing(specs, layers).items() if key[0] != holder]
+    shapes = [METHODS[layers[p].method].shapes(specs[p], layers[p].rank)[name] for p, name in again]
+    return total - sum(map(prod, shapes))
+
+
+def sharing(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) -> dict[tuple[str, str], str]:
+    """Of the factors that settled plans share: (layer, factor) -> the first layer alike, whose tensor it is."""
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[tuple[str, str], str] = {}
+    for path, layer in layers.items():
         for name in layer.shared:
-            shape = method.shapes(spec, layer.rank)[name]
-            alike = (layer.share, layer.method, spec.role, name, shape)
-            total -= prod(shape) if alike in seen else 0
-            seen.add(alike)
-    return total
+            shape = METHODS[layer.method].shapes(specs[path], layer.rank)[name]
+            alike = (layer.share, layer.method, specs[path].role, name, shape)
+            found[path, name] = first.setdefault(alike, path)
+    return found
 
 
 def _of_others(path: str, plan: LayerPlan) -> list[str]:

@@ -171,8 +171,13 @@ class Plan:
         return cls.parse(text, str(path))
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"method": (str,), "rank": (int,), "scale": (int, float, str)}
-_TYPES |= {"start": (str,), "share": (str,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "rank": (int,),
+    "scale": (int, float, str),
+    "start": (str,),
+    "share": (str,),
+}
 
 
 def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> LayerPlan:

@@ -12,7 +12,7 @@ forward, merge, decomposition, report and export read nothing else. Leading batc
 (expert weights: `a (e, r, i)`, `b (e, o, r)`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -81,8 +81,18 @@ class Update:
 
     def detached(self) -> "Update":
         """The same update cut off from autograd."""
-        parts = {name: getattr(self, name) for name in ("a", "b", "dense", "gain", "gain_in", "bias")}
-        return replace(self, **{name: part.detach() for name, part in parts.items() if part is not None})
+        return self.with_parts({name: part.detach() for name, part in self.parts()})
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every part that there is."""
+        for name in ("a", "b", "dense", "gain", "gain_in", "bias"):
+            part = getattr(self, name)
+            if part is not None:
+                yield name, part
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> "Update":
+        """The same with other tensors."""
+        return replace(self, **parts)  # type: ignore[arg-type]
 
 
 class LayerSpec(NamedTuple):

@@ -1,6 +1,7 @@
 """The one door: attach adapters to a model, and take them away again without a trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,10 +92,9 @@ def attach(
     switch = make_switch(model)
     if learn:
         _freeze(modules, switch)
-    copies: dict[int, Tensor] = {}
     held: dict[int, tuple[Factors, str]] = {}
-    for place in places:
-        _put_layer(place, name, switch, learn, own, copies, held)
+    for place in places if own else _copied(places):
+        _put_layer(place, name, switch, learn, held)
     _put_trained(model, stand_ins, name, adapter, learn)
     _quiet_nested_tensors(modules, switch)
     switch.names[name] = tuple(place.path for place in places)
@@ -122,16 +122,21 @@ def _freeze(modules: Modules, switch: Switch) -> None:
                 parameter.requires_grad_(False)
 
 
-def _put_layer(
-    place: Place,
-    name: str,
-    switch: Switch,
-    learn: bool,
-    own: bool,
-    copies: dict[int, Tensor],
-    held: dict[int, tuple[Factors, str]],
-) -> None:
-    """`copies` and `held`: of every factor so far its copy, and the layer that has it."""
+def _copied(places: Iterable[Place]) -> Iterator[Place]:
+    """With factors of their own: training must not write into the value that was attached. One tensor stays one."""
+    copies: dict[tuple[int, torch.device], Tensor] = {}
+    for place in places:
+        device, factors = place.found.weight.device, {}
+        for key, factor in place.layer.factors.items():
+            one = id(factor), device
+            if one not in copies:
+                copies[one] = factor.detach().to(device, copy=True).contiguous()
+            factors[key] = copies[one]
+        yield place._replace(layer=replace(place.layer, factors=factors))
+
+
+def _put_layer(place: Place, name: str, switch: Switch, learn: bool, held: dict[int, tuple[Factors, str]]) -> None:
+    """`held`: of every factor that learns the layer that has it, so far."""
     module, parameter = place.found.module, place.found.parameter
     child = slot_name(parameter)
     slot = module._modules.get(child)
@@ -139,13 +144,7 @@ def _put_layer(
         slot = Slot(place.path, parameter, place.found.kind, place.drive, switch, place.owner)
         module._modules[child] = slot
         install(module, slot)
-    device = place.found.weight.device
     factors = place.layer.factors
-    if not own:  # training must not write into the value that was attached; what is one tensor stays one
-        for factor in factors.values():
-            if id(factor) not in copies:
-                copies[id(factor)] = factor.detach().to(device, copy=True).contiguous()
-        factors = {key: copies[id(factor)] for key, factor in factors.items()}
     method, spec = METHODS[place.layer.method], place.found.spec
     derived = method.derived(factors, (*spec.batch, *spec.matrix))
     lent = {key: held[id(factor)] for key, factor in factors.items() if id(factor) in held}

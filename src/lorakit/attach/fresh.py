@@ -11,9 +11,9 @@ from lorakit._version import __version__
 from lorakit.adapter import Adapter, fingerprint
 from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
-from lorakit.method import METHODS, Held, check_plan, settled
+from lorakit.method import METHODS, Factors, Held, check_plan, settled, sharing
 from lorakit.plan import LayerPlan, Plan
-from lorakit.update import AdaptedLayer
+from lorakit.update import AdaptedLayer, LayerSpec
 from lorakit.whole import resolve_trained
 
 
@@ -34,12 +34,15 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     faults += check_plan({path: place.spec for path, place in places.items()}, plan.layers)
     if faults:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
+    entries = {path: settled(plan.layers[path]) for path in places}
+    common = _common(places, entries, seed)
+    layers: dict[str, AdaptedLayer] = {}
     draw = torch.Generator()
-    layers = {path: _layer(place, plan.layers[path], _seeded(draw, seed, path)) for path, place in places.items()}
-    layers = _shared(layers, plan, places)
-    for method in {layer.method for layer in layers.values()}:
-        own = {path: layer for path, layer in layers.items() if layer.method == method}
-        layers |= METHODS[method].unite(own, _seeded(draw, seed, method))
+    for path, place in places.items():
+        entry = entries[path]
+        shared = common[entry.method, entry.rank, place.weight.device]
+        layers[path] = _layer(place, entry, shared, _seeded(draw, seed, path))
+    layers = _shared(layers, entries, {path: place.spec for path, place in places.items()})
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
@@ -50,8 +53,24 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     return Adapter(layers, {name: p.detach().clone() for name, p in resolve_trained(model, plan.trained).items()}, meta)
 
 
-def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> AdaptedLayer:
-    method, spec, entry = METHODS[entry.method], place.spec, settled(entry)
+_Alike = tuple[str, int, torch.device]  # method, rank, where
+
+
+def _common(places: Mapping[str, Found], entries: Mapping[str, LayerPlan], seed: int) -> dict[_Alike, Factors]:
+    """What all layers of a method and rank have in common: drawn once, one tensor on each device."""
+    alike: dict[tuple[str, int], list[Found]] = {}
+    for path, entry in entries.items():
+        alike.setdefault((entry.method, entry.rank), []).append(places[path])
+    found: dict[_Alike, Factors] = {}
+    for (method, rank), group in alike.items():
+        drawn = METHODS[method].common([place.spec for place in group], rank, _seeded(torch.Generator(), seed, method))
+        for device in {place.weight.device for place in group}:
+            found[method, rank, device] = {name: factor.to(device) for name, factor in drawn.items()}
+    return found
+
+
+def _layer(place: Found, entry: LayerPlan, common: Factors, generator: torch.Generator) -> AdaptedLayer:
+    method, spec = METHODS[entry.method], place.spec
     weight = place.weight
     base = Held(place.kind.canonical(place.module, weight.detach()))
     factors = method.init(spec, entry, base, generator)
@@ -61,7 +80,7 @@ def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> Adapte
         entry.method,
         spec.kind,
         spec.shape,
-        factors,
+        {**common, **factors},
         entry.rank,
         entry.scale_value if method.takes_rank else 1.0,
         entry.start,
@@ -71,27 +90,24 @@ def _layer(place: Found, entry: LayerPlan, generator: torch.Generator) -> Adapte
     )
 
 
-def _shared(layers: Mapping[str, AdaptedLayer], plan: Plan, places: Mapping[str, Found]) -> dict[str, AdaptedLayer]:
+def _shared(
+    layers: Mapping[str, AdaptedLayer], entries: Mapping[str, LayerPlan], specs: Mapping[str, LayerSpec]
+) -> dict[str, AdaptedLayer]:
     """The layers with the factors that their plan shares taken from the first that is alike. PlanError if none is."""
-    first: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+    holders = sharing(specs, entries)
+    followed = {(holder, name) for (path, name), holder in holders.items() if holder != path}
+    for (path, name), holder in holders.items():
+        if holder == path and (path, name) not in followed:
+            raise PlanError(
+                f"'{path}' shares {name} with no other layer: none has its role ('{specs[path].role}') and shape; "
+                "leave share out there"
+            )
     made = dict(layers)
-    alone: dict[str, list[str]] = {}
-    for path, layer in layers.items():
-        for name in plan.layers[path].shared:
-            own, role = layer.factors[name], places[path].spec.role
-            alike = (plan.layers[path].share, layer.method, role, name, tuple(own.shape), own.device)
-            holder, factor = first.setdefault(alike, (path, own))
-            if holder == path:
-                alone[path] = [*alone.get(path, []), name]
-            else:
-                alone.pop(holder, None)
-                made[path] = replace(made[path], factors={**made[path].factors, name: factor})
-    if alone:
-        path, names = next(iter(alone.items()))
-        raise PlanError(
-            f"'{path}' shares {' and '.join(names)} with no other layer: none has its role "
-            f"('{places[path].spec.role}') and shape; leave share out there"
-        )
+    one: dict[tuple[str, str, torch.device], Tensor] = {}
+    for (path, name), holder in holders.items():
+        own = layers[path].factors[name]
+        factor = one.setdefault((holder, name, own.device), own)
+        made[path] = replace(made[path], factors={**made[path].factors, name: factor})
     return made
 
 

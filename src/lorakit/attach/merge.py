@@ -68,8 +68,7 @@ def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool) -
         reader = WeightReader(module, parameter, slot.kind)
         for factors in slot.active():
             update = factors.update(reader)
-            parts = (update.a, update.b, update.dense, update.gain, update.gain_in, update.bias)
-            if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+            if not all(bool(torch.isfinite(part).all()) for _, part in update.parts()):
                 faults.append(f"the update of '{slot.path}' has NaN or infinite numbers")
             if not update.is_linear:
                 faults.append(f"method '{factors.method.name}' at '{slot.path}' changes outputs, not the weight")

@@ -6,17 +6,14 @@ the sums to the factors in one backward. Gradients add up, so this is exact. A p
 other; one that is too wide to pay is made a dense change.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.attach.slots import Factors, WeightReader, slots_of, switch_of
 from lorakit.update import Update
-
-_PARTS = ("a", "b", "dense", "gain", "gain_in", "bias")
 
 
 class _Made(NamedTuple):
@@ -38,8 +35,7 @@ class Once:
                 continue
             reader = WeightReader(module, parameter, slot.kind)
             live = _update(factors, reader)
-            leaves: dict[str, Any] = {part: _leaf(tensor) for part, tensor in _parts(live)}
-            factors.made = replace(live, **leaves)
+            factors.made = live.with_parts({part: _leaf(tensor) for part, tensor in live.parts()})
             self._made.append(_Made(factors, reader, factors.made))
 
     def refresh(self) -> None:
@@ -48,7 +44,7 @@ class Once:
         for factors, reader, leaves in self._made:
             live = _update(factors, reader)
             with torch.no_grad():
-                for part, tensor in _parts(live):
+                for part, tensor in live.parts():
                     getattr(leaves, part).copy_(tensor)
             if factors.stands:
                 self._live.append(live)
@@ -66,7 +62,7 @@ class Once:
 
     def settle(self) -> None:
         """Takes the leaves' gradients to the factors."""
-        parts = [tensor for live in self._live for _, tensor in _parts(live) if tensor.requires_grad]
+        parts = [tensor for live in self._live for _, tensor in live.parts() if tensor.requires_grad]
         if parts:
             torch.autograd.backward(parts, self._gradients(), retain_graph=True)
 
@@ -76,15 +72,8 @@ class Once:
             factors.made, factors.stands = None, False
 
     def _gradients(self) -> list[Tensor]:
-        leaves = [leaf for made in self._made for _, leaf in _parts(made.leaves)]
+        leaves = [leaf for made in self._made for _, leaf in made.leaves.parts()]
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
-
-
-def _parts(update: Update) -> Iterator[tuple[str, Tensor]]:
-    for part in _PARTS:
-        tensor = getattr(update, part)
-        if tensor is not None:
-            yield part, tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -94,14 +83,13 @@ def _leaf(tensor: Tensor) -> Tensor:
     return leaf
 
 
+@torch.enable_grad()
 def _update(factors: Factors, reader: WeightReader) -> Update:
-    with torch.enable_grad():
-        update = factors.method.update(factors.tensors(), factors.scale, reader)
+    update = factors.method.update(factors.tensors(), factors.scale, reader)
     if update.a is None or update.b is None or not reader.kind.is_product or not update.is_linear:
         return update
     (o, r), i = update.b.shape[-2:], update.a.shape[-1]
     if 4 * r * (o + i) <= o * i:  # four thin products on each side, forward and back, against the gradient of W
         return update
-    with torch.enable_grad():
-        pair = update.scale * (update.b @ update.a)
-        return replace(update, a=None, b=None, scale=1.0, dense=pair if update.dense is None else update.dense + pair)
+    pair = update.scale * (update.b @ update.a)
+    return replace(update, a=None, b=None, scale=1.0, dense=pair if update.dense is None else update.dense + pair)

@@ -9,7 +9,7 @@ from lorakit.adapter import Adapter, fingerprint, same_base
 from lorakit.attach.slots import Slot, slot_name
 from lorakit.describe import Found, is_added, owner_of, parent_of
 from lorakit.errors import AdapterError, BaseMismatchError, listed, nearest
-from lorakit.method import METHODS
+from lorakit.method import METHODS, not_called
 from lorakit.update import AdaptedLayer, LayerSpec
 
 DRIVES = ("hook", "fused", "weight")
@@ -63,11 +63,6 @@ def places_of(
     if faults:
         raise AdapterError(f"the adapter{made_on(adapter)} does not fit this {type(model).__name__}: {listed(faults)}")
     return places
-
-
-def not_called(path: str, method: str) -> str:
-    """The fault of a method that changes outputs where there are none to change."""
-    return f"the weight of '{path}' is read without calling its layer, and method '{method}' changes what a layer gives"
 
 
 def made_on(adapter: Adapter) -> str:

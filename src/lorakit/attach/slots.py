@@ -146,13 +146,14 @@ class Factors(nn.Module):
     @property
     def is_plain(self) -> bool:
         """The factors are a pair, as the products read it, and nothing else."""
-        return self.method.plain and self.tensors().keys() == {"a", "b"}
+        return self.method.plain and len(self.tensors()) == 2
 
     def pair(self, weight: "WeightReader") -> Pair | None:
         """The low-rank pair that the products read, where the update is nothing else; None where it is more."""
-        if self.is_plain:
+        if self.method.plain:
             tensors = self.tensors()
-            return Pair(tensors["a"], tensors["b"], self.scale)
+            if len(tensors) == 2:
+                return Pair(tensors["a"], tensors["b"], self.scale)
         if not self.method.exact_pair:
             return None
         update = self.update(weight)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, Factors, Method, ReadWeight
+from lorakit.method import METHODS, Factors, Method, ReadWeight, kaiming_uniform, not_called
 from lorakit.plan import LayerPlan
 from lorakit.update import LayerSpec, Update
 
@@ -37,16 +37,14 @@ class Bottleneck(Method):
 
     def faults(self, spec: LayerSpec, plan: LayerPlan) -> list[str]:
         if spec.kind == "parameter" or not spec.called:
-            return [f"the weight of '{spec.path}' is read without a call, and method '{self.name}' changes outputs"]
+            return [not_called(spec.path, self.name)]
         if spec.groups > 1:
             return [f"method '{self.name}' has no form for the {spec.groups} groups of '{spec.path}'"]
         return super().faults(spec, plan)
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
-        bound = shapes["a"][1] ** -0.5
-        a = torch.empty(shapes["a"]).uniform_(-bound, bound, generator=generator)
-        return {"a": a, "b": torch.zeros(shapes["b"])}
+        return {"a": kaiming_uniform(shapes["a"], generator), "b": torch.zeros(shapes["b"])}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
         return Update(a=factors["a"], b=factors["b"], scale=scale, between="relu", on_output=self.on_output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -39,9 +39,9 @@ class Delora(Method):
         return {"a": (*lead, rank, i), "b": (*lead, o, rank), "lambda": (*lead, 1), "norm": (*lead, i)}
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
-        shapes, bound = self.shapes(spec, plan.rank), spec.matrix[1] ** -0.5
+        shapes = self.shapes(spec, plan.rank)
         return {
-            "a": torch.empty(shapes["a"]).uniform_(-bound, bound, generator=generator),
+            "a": kaiming_uniform(shapes["a"], generator),
             "b": torch.zeros(shapes["b"]),
             "lambda": torch.full(shapes["lambda"], _FIRST),
             "norm": torch.linalg.vector_norm(weight().float(), dim=-2).cpu(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -46,7 +46,7 @@ class Loha(Method):
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
-        drawn = {name: _uniform(shapes[name], generator) for name in ("a1", "b1", "a2")}
+        drawn = {name: kaiming_uniform(shapes[name], generator) for name in ("a1", "b1", "a2")}
         return {**drawn, "b2": torch.zeros(shapes["b2"])}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
@@ -81,8 +81,3 @@ def rebuilt(a: Tensor | None, b: Tensor | None, t: Tensor | None = None) -> Tens
 def turned(name: str, factor: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
     """PEFT and LyCORIS keep the outer factor of Tucker's form the other way round; the same way there and back."""
     return factor.mT.contiguous() if name[0] == "b" and f"t{name[1:]}" in factors else factor
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    bound = shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

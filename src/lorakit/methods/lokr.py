@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.methods.loha import rebuilt, turned
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -61,10 +61,7 @@ class Lokr(Method):
         return super().faults(spec, plan)
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
-        drawn = {}
-        for name, shape in self.shapes(spec, plan.rank).items():
-            bound = shape[-1] ** -0.5
-            drawn[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        drawn = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(spec, plan.rank).items()}
         return {**drawn, "w1": torch.zeros_like(drawn["w1"])}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:

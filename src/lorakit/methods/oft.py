@@ -76,25 +76,23 @@ class Oft(Method):
 
     def write_peft(self, layers: Mapping[str, AdaptedLayer]) -> PeftForm | None:
         """None where layers have unlike numbers of blocks and unlike blocks, or unlike series."""
-        blocks = {_block(layer.factors) for layer in layers.values()}
-        ranks = {layer.rank for layer in layers.values()}
-        shared = {len(layer.factors.get("skew", layer.factors.get("skew_out", ()))) < x.rank
-                  for x in layers.values() for layer in (x,)}  # fmt: skip
-        series = {
-            tuple(layer.factors["series"].tolist()) if "series" in layer.factors else () for layer in layers.values()
-        }
-        if len(series) > 1 or len(shared) > 1 or (len(blocks) > 1 and len(ranks) > 1):
+        told = [(_skew(layer.factors), layer) for layer in layers.values()]
+        blocks = {_block(skew) for skew, _ in told}
+        ranks = {layer.rank for _, layer in told}
+        one_for_all = {skew.shape[-2] < layer.rank for skew, layer in told}
+        series = {tuple(layer.factors["series"].tolist() if "series" in layer.factors else ()) for _, layer in told}
+        if len(series) > 1 or len(one_for_all) > 1 or (len(blocks) > 1 and len(ranks) > 1):
             return None
-        terms, one_for_all = series.pop(), shared.pop()
+        terms = series.pop()
         size = {"r": 0, "oft_block_size": blocks.pop()} if len(blocks) == 1 else {"r": ranks.pop(), "oft_block_size": 0}
-        said: dict[str, Any] = {"block_share": one_for_all, "coft": False, "use_cayley_neumann": bool(terms)}
+        said: dict[str, Any] = {"block_share": one_for_all.pop(), "coft": False, "use_cayley_neumann": bool(terms)}
         if terms:  # which files of peft before 0.18 mean otherwise
             said |= {"num_cayley_neumann_terms": len(terms), "peft_version": "0.18.0"}
         return PeftForm({**size, **said})
 
     def read_peft(self, leaves: Mapping[str, Tensor], told: Told) -> AdaptedLayer:
         ((name, skew),) = [(name, leaves[leaf]) for name, leaf in _LEAVES.items() if leaf in leaves]
-        b = _block({name: skew})
+        b = _block(skew)
         if skew.ndim != 2 or b * (b - 1) // 2 != skew.shape[1]:
             raise AdapterError(f"has {_LEAVES[name]} of {tuple(skew.shape)}, which is not (blocks, b (b - 1) / 2)")
         if told.config.get("coft"):  # PEFT bounds Q whenever it is used
@@ -105,9 +103,13 @@ class Oft(Method):
         if told.config.get("use_cayley_neumann", True):
             factors["series"] = _series(int(told.config.get("num_cayley_neumann_terms", 5)))
         if told.config.get("block_share"):
-            rank = int(told.config.get("r") or 0) or _places(told, b)
+            rank = int(told.config.get("r") or 0)
         else:
             rank = len(skew)
+        if not rank:
+            raise AdapterError(
+                f"shares one block of {b} among places that the file does not count (r is 0); set r in peft"
+            )
         kind = "embedding" if name == "skew_out" else ""
         return AdaptedLayer(self.name, kind, (), factors, rank, 1.0)
 
@@ -128,7 +130,7 @@ def turned(weight: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _turn(skew: Tensor, series: Tensor | None) -> Tensor:
-    b = _block({"skew": skew})
+    b = _block(skew)
     rows, columns = torch.triu_indices(b, b, 1, device=skew.device)
     flat = skew.new_zeros(*skew.shape[:-1], b * b).index_copy(-1, rows * b + columns, skew)
     upper = flat.reshape(*skew.shape[:-1], b, b)
@@ -143,10 +145,13 @@ def _turn(skew: Tensor, series: Tensor | None) -> Tensor:
     return total
 
 
-def _block(factors: Mapping[str, Tensor]) -> int:
+def _skew(factors: Mapping[str, Tensor]) -> Tensor:
+    return factors["skew"] if "skew" in factors else factors["skew_out"]
+
+
+def _block(skew: Tensor) -> int:
     """Side b of a block whose upper triangle has so many numbers."""
-    n = next(factors[name].shape[-1] for name in ("skew", "skew_out") if name in factors)
-    return (1 + isqrt(1 + 8 * n)) // 2
+    return (1 + isqrt(1 + 8 * skew.shape[-1])) // 2
 
 
 def _series(n_terms: int) -> Tensor:
@@ -155,9 +160,3 @@ def _series(n_terms: int) -> Tensor:
         return torch.tensor([1.0, 2.0][:n_terms])
     n_terms = max(n_terms, 4)
     return torch.tensor([1.0, *[2.0] * (n_terms - 2), 1.0])
-
-
-def _places(told: Told, b: int) -> int:
-    raise AdapterError(
-        f"shares one block of {b} among places whose number the file does not tell (r is 0); set r in peft"
-    )

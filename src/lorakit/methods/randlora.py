@@ -7,8 +7,7 @@ Rows and columns meet in the order in which PEFT flattens them, (p, n) on one si
 stay random, and its files keep their meaning.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,20 +53,15 @@ class Randlora(Method):
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
-        drawn = {name: _drawn(shapes[name], generator) for name in ("a", "b")}
         gamma = torch.full(shapes["gamma"], 1 / max(shapes["gamma"][-2:]))
-        return {**drawn, "lambda": torch.zeros(shapes["lambda"]), "gamma": gamma}
+        return {"lambda": torch.zeros(shapes["lambda"]), "gamma": gamma}
 
-    def unite(self, layers: Mapping[str, AdaptedLayer], generator: torch.Generator) -> dict[str, AdaptedLayer]:
-        united: dict[str, AdaptedLayer] = {}
-        for rank in sorted({layer.rank for layer in layers.values()}):
-            own = {path: layer for path, layer in layers.items() if layer.rank == rank}
-            small, large = sorted(max(layer.matrix[side] for layer in own.values()) for side in (-2, -1))
-            device = next(iter(own.values())).factors["a"].device
-            shapes = ((rank, 1, small), (large, -(-small // rank), rank))
-            a, b = (_drawn(shape, generator).to(device) for shape in shapes)
-            united |= {p: replace(layer, factors={**layer.factors, "a": a, "b": b}) for p, layer in own.items()}
-        return {path: united[path] for path in layers}
+    def common(self, specs: Sequence[LayerSpec], rank: int, generator: torch.Generator) -> Factors:
+        small, large = sorted(max(spec.matrix[side] for spec in specs) for side in (0, 1))
+        return {
+            "a": _drawn((rank, 1, small), generator),
+            "b": _drawn((large, -(-small // rank), rank), generator),
+        }
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
         o, i = weight.shape[-2:]

@@ -4,8 +4,7 @@
 all of them; a layer takes the first columns of `a` and the first rows of `b`.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,23 +45,11 @@ class Vera(Method):
 
     def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
-        drawn = {name: _drawn(shapes[name], generator) for name in ("a", "b")}
-        return {
-            **drawn,
-            "lambda_d": torch.full(shapes["lambda_d"], _FIRST),
-            "lambda_b": torch.zeros(shapes["lambda_b"]),
-        }
+        return {"lambda_d": torch.full(shapes["lambda_d"], _FIRST), "lambda_b": torch.zeros(shapes["lambda_b"])}
 
-    def unite(self, layers: Mapping[str, AdaptedLayer], generator: torch.Generator) -> dict[str, AdaptedLayer]:
-        united: dict[str, AdaptedLayer] = {}
-        for rank in sorted({layer.rank for layer in layers.values()}):
-            own = {path: layer for path, layer in layers.items() if layer.rank == rank}
-            i = max(layer.factors["a"].shape[1] for layer in own.values())
-            o = max(layer.factors["b"].shape[0] for layer in own.values())
-            device = next(iter(own.values())).factors["a"].device
-            a, b = (_drawn(shape, generator).to(device) for shape in ((rank, i), (o, rank)))
-            united |= {p: replace(layer, factors={**layer.factors, "a": a, "b": b}) for p, layer in own.items()}
-        return {path: united[path] for path in layers}
+    def common(self, specs: Sequence[LayerSpec], rank: int, generator: torch.Generator) -> Factors:
+        o, i = (max(spec.matrix[side] for spec in specs) for side in (0, 1))
+        return {"a": _drawn((rank, i), generator), "b": _drawn((o, rank), generator)}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
         o, i = weight.shape[-2:]

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Pair, ReadWeight, Start, kaiming_uniform
 from lorakit.update import LayerSpec
 
 
@@ -17,6 +17,4 @@ class Kaiming(Start):
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
         o, i = spec.matrix
-        bound = i**-0.5
-        a = torch.empty(*spec.batch, rank, i).uniform_(-bound, bound, generator=generator)
-        return Pair(a, torch.zeros(*spec.batch, o, rank))
+        return Pair(kaiming_uniform((*spec.batch, rank, i), generator), torch.zeros(*spec.batch, o, rank))

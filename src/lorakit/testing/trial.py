@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach import attach
-from lorakit.attach.places import not_called
 from lorakit.attach.slots import Factors
 from lorakit.describe import locate
-from lorakit.method import METHODS
+from lorakit.method import METHODS, not_called
 from lorakit.plan import LayerPlan, Plan
 from lorakit.testing.cases import Case
 
