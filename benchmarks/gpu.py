@@ -88,13 +88,13 @@ class Side:
 
 def kernels(bench: Bench, device: torch.device) -> None:
     """The Triton kernels against float64, and the time of the same by torch over theirs."""
-    from lorakit.attach.kernels import thin
     from lorakit.device import has_triton
+    from lorakit.kernels import thin
 
     if not has_triton(device):
         bench.fact("Triton", "not here: torch's operations are used")
         return
-    from lorakit.attach.kernels import triton_pairs
+    from lorakit.kernels import triton_pairs
 
     for n, i, o, ranks in ((4096, 1024, 1024, [16, 16, 16]), (4096, 2048, 5632, [16, 16]), (777, 2048, 2048, [64])):
         made = torch.Generator(device).manual_seed(0)
@@ -140,8 +140,8 @@ def milliseconds(run: Callable[[], Any], by_triton: bool) -> float:
 
 def attention(bench: Bench, device: torch.device) -> None:
     """Packed attention and its gradients against one text at a time in float64."""
-    from lorakit.attach.kernels.segments import Scores, segment_attention
     from lorakit.device import has_varlen
+    from lorakit.kernels.segments import Scores, segment_attention
 
     bench.fact("attention over packed texts in one call", has_varlen(device))
     starts = torch.tensor([0, 5, 6, 134, 500])

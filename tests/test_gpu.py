@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.attach.kernels import thin
-from lorakit.attach.kernels.segments import Scores, segment_attention
 from lorakit.data import load_dialogues, load_splits
 from lorakit.device import has_triton
 from lorakit.fit import Result
 from lorakit.fit.talk import Talk
+from lorakit.kernels import thin
+from lorakit.kernels.segments import Scores, segment_attention
 from lorakit.tasks.base import Base
 from lorakit.trunk import place_of
 from tiny_chat import CHATML, causal, chat_table, tokenizer

@@ -17,6 +17,7 @@ ROOMS = {
     "cache": 0,
     "linalg": 1,
     "device": 1,
+    "kernels": 1.5,  # tensors in, tensors out
     "update": 2,
     "files": 2,
     "plan": 2,

@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_every_pair_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in PADDED])
 def test_packed_equals_padded_also_without_compiled_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit.attach.kernels import segments as kernel
+    from lorakit.kernels import segments as kernel
 
     monkeypatch.setattr(kernel, "library", lambda: None)
     model = adapted(name)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.attach import groups
-from lorakit.attach.kernels.products import input_gradient, linear, pack
 from lorakit.data.batches import IGNORED, Tokens, training_batches
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
+from lorakit.kernels.products import input_gradient, linear, pack
 from lorakit.tasks.classify import Classify
 from lorakit.tasks.generate import Generate
 from lorakit.tasks.task import Task

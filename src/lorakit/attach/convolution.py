@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.attach.group import Group, Member
-from lorakit.attach.kernels.conv import is_product, joined, lora_conv, lora_point
-from lorakit.attach.kernels.lora import Layer, Ready
-from lorakit.attach.kernels.maps import Geometry
-from lorakit.attach.kernels.products import pack
 from lorakit.attach.slots import Factors, Slot
+from lorakit.kernels.conv import is_product, joined, lora_conv, lora_point
+from lorakit.kernels.lora import Layer, Ready
+from lorakit.kernels.maps import Geometry
+from lorakit.kernels.products import pack
 
 
 class Convolution(Group):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.lora import lora_linear
 from lorakit.attach.slots import Slot, Trained, WeightReader
+from lorakit.kernels.lora import lora_linear
 from lorakit.kinds import Kind
 from lorakit.kinds.parameter import bias_name
 from lorakit.update import Update

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.lora import Layer, Ready, lora_group, padded_rank
-from lorakit.attach.kernels.products import pack
 from lorakit.attach.slots import Factors, Pair, Slot, WeightReader
+from lorakit.kernels.lora import Layer, Ready, lora_group, padded_rank
+from lorakit.kernels.products import pack
 
 Member = tuple[nn.Module, Slot, Factors]
 

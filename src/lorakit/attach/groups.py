@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lorakit.attach.convolution import Convolution, alike, norms_seen
 from lorakit.attach.group import Group, Member
-from lorakit.attach.kernels.maps import Geometry
 from lorakit.attach.once import Once
 from lorakit.attach.slots import Factors, Slot, WeightReader, slots_of, switch_of
+from lorakit.kernels.maps import Geometry
 
 
 class Groups:

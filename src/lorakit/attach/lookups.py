@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.pairs import Rows
 from lorakit.attach.slots import Slot, WeightReader
+from lorakit.kernels.pairs import Rows
 
 
 def looked_up(layer: nn.Embedding, places: Tensor) -> Rows:

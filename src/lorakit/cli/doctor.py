@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> Reply:
     """Looks around and measures one matrix product."""
     import torch
 
-    from lorakit.attach.kernels.native import reason
     from lorakit.device import gpus, why_no_gpu
     from lorakit.fit.threads import processors
+    from lorakit.kernels.native import reason
 
     found: dict[str, Any] = {
         "lorakit": __version__,

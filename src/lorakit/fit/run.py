@@ -16,7 +16,6 @@ from torch import nn
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
 from lorakit.attach import attach, attached, base_fingerprint, collect, detach
-from lorakit.attach.kernels.native import reason
 from lorakit.attach.slots import find_home
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Examples
@@ -34,6 +33,7 @@ from lorakit.fit.summary import about, course, named, notes
 from lorakit.fit.threads import threads_put_back
 from lorakit.fit.tokenised import tokenised
 from lorakit.fit.workers import Workers
+from lorakit.kernels.native import reason
 from lorakit.plan import Plan
 from lorakit.tasks.base import Base
 from lorakit.tasks.task import TASKS, Task, figure

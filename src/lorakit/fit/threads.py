@@ -1,7 +1,7 @@
 """How many threads a fit trains with: as many as the user asked for, else as a short trial finds fastest.
 
 More are not always faster: where others use the same processors, every parallel loop waits for its slowest thread. Our
-C functions run on the threads that torch is set to (attach/kernels/native).
+C functions run on the threads that torch is set to (kernels/native).
 """
 
 import math

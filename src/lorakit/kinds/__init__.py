@@ -34,7 +34,7 @@ class Kind(ABC):
     name: ClassVar[str]
     layers: ClassVar[str]
     specific: ClassVar[int] = 0
-    fusable: ClassVar[bool] = False  # attach/kernels has a form for it
+    fusable: ClassVar[bool] = False  # kernels has a form for it
     is_product: ClassVar[bool] = False  # `y = x W^T + bias` over the last dimension of x
 
     def __reduce__(self) -> tuple[Any, ...]:

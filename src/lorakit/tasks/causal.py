@@ -1,7 +1,7 @@
 """From hidden states of a causal language model to losses of tokens, as the model itself would compute its logits.
 
 Most models multiply the last hidden state by one matrix; that is computed without ever holding all logits
-(attach/kernels/labels.py). Others scale or squash the logits too (Cohere, Granite, Gemma 2), and a head may itself be
+(kernels/labels.py). Others scale or squash the logits too (Cohere, Granite, Gemma 2), and a head may itself be
 adapted or trained: then the rows go through the model's own code behind its body. Which it is, is proved, not known.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
+from lorakit.kernels.labels import label_losses, label_scores
 from lorakit.trunk import eval_mode
 
 Logits = Callable[[Tensor], Tensor]  # hidden states (n, d) -> (n, o)

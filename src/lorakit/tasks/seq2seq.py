@@ -1,7 +1,7 @@
 """From hidden states of a decoder to losses of tokens, as the whole encoder-decoder would compute its logits.
 
 Mostly a matrix gives logits of the decoder's last states: T5's multiplies them by d**-0.5 before where the head is
-tied, BART's and Marian's adds a buffer. That is computed without ever holding all logits (attach/kernels/labels.py); of
+tied, BART's and Marian's adds a buffer. That is computed without ever holding all logits (kernels/labels.py); of
 other models, and where the head is adapted, the rows go through the model's own code. Which it is, is proved, not
 known.
 """
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.labels import label_losses, label_scores
 from lorakit.errors import UsageError
+from lorakit.kernels.labels import label_losses, label_scores
 from lorakit.tasks.causal import differ, each_by, losses_by, stand_for
 from lorakit.trunk import eval_mode
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.pairs import pair_loss
-from lorakit.attach.kernels.products import linear
 from lorakit.attach.lookups import looked_up
 from lorakit.data.faults import BadRow, refuse
 from lorakit.data.interactions import Interactions
 from lorakit.errors import DataError, LorakitError, UsageError, listed
 from lorakit.files import read_json, read_tensors, write_json, write_tensors
+from lorakit.kernels.pairs import pair_loss
+from lorakit.kernels.products import linear
 from lorakit.tasks.base import Base
 
 NEW = "new:"

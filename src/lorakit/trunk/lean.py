@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.products import Packed, frozen_linear, pack
-from lorakit.attach.kernels.rows import gelu_tanh, rms_norm
+from lorakit.kernels.products import Packed, frozen_linear, pack
+from lorakit.kernels.rows import gelu_tanh, rms_norm
 from lorakit.kinds import Kind, kind_of
 
 Run = Callable[[Tensor], Tensor]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.segments import Asking, Scores, segment_attention
 from lorakit.errors import LorakitError
+from lorakit.kernels.segments import Asking, Scores, segment_attention
 from lorakit.trunk.segments import Segments, current
 
 NAME = "lorakit_segments"

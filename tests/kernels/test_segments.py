@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.attach.kernels import segments as kernel
-from lorakit.attach.kernels.native import library, reason
-from lorakit.attach.kernels.segments import Asking, Scores
+from lorakit.kernels import segments as kernel
+from lorakit.kernels.native import library, reason
+from lorakit.kernels.segments import Asking, Scores
 
 LENGTHS = [(5, 1, 33, 70, 16), (1,), (32, 64), (7,), (3, 3, 129)]
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.attach.kernels.native import library
-from lorakit.attach.kernels.products import input_gradient, linear
+from lorakit.kernels.native import library
+from lorakit.kernels.products import input_gradient, linear
 
 _LOGITS = 1 << 23  # logits at once: 16 MiB in half precision
 _WIDER = 8  # times as many on a GPU, whose matrix units want more rows

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorakit.attach.kernels import pairs as kernel
-from lorakit.attach.kernels.pairs import Rows, pair_loss
+from lorakit.kernels import pairs as kernel
+from lorakit.kernels.pairs import Rows, pair_loss
 
 SCALES = 0.5, 2.0
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.attach.kernels.products import Packed, input_gradient, linear
-from lorakit.attach.kernels.thin import Into, add_pairs, pair_gradients
+from lorakit.kernels.products import Packed, input_gradient, linear
+from lorakit.kernels.thin import Into, add_pairs, pair_gradients
 
 _PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
 _PAD_GPU = {torch.bfloat16: 16, torch.float16: 16}  # what matrix units take at once

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.attach.kernels import labels as kernel
+from lorakit.kernels import labels as kernel
 
 
 @pytest.fixture(params=["native", "torch"])

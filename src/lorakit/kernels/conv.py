@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.attach.kernels.lora import Layer, Ready, lora_group
-from lorakit.attach.kernels.maps import Geometry, add_conv_pair, conv_pair_gradients, maps_of, rows_of
-from lorakit.attach.kernels.thin import Into
+from lorakit.kernels.lora import Layer, Ready, lora_group
+from lorakit.kernels.maps import Geometry, add_conv_pair, conv_pair_gradients, maps_of, rows_of
+from lorakit.kernels.thin import Into
 
 
 def joined(rank: int, weight: Tensor, dtype: torch.dtype) -> Tensor:

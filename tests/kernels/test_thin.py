@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.attach.kernels import thin as kernel
+from lorakit.kernels import thin as kernel
 
 # rows, input, outputs, ranks as padded, ranks
 SHAPES = [

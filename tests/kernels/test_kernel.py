@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.attach.kernels.lora import Layer, Ready, lora_group, lora_linear, ready
-from lorakit.attach.kernels.products import frozen_linear, input_gradient, linear, pack
+from lorakit.kernels.lora import Layer, Ready, lora_group, lora_linear, ready
+from lorakit.kernels.products import frozen_linear, input_gradient, linear, pack
 
 RANKS = [1, 8, 16, 17]
 

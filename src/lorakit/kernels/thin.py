@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.attach.kernels.native import library
-from lorakit.attach.kernels.products import linear
 from lorakit.device import has_triton
+from lorakit.kernels.native import library
+from lorakit.kernels.products import linear
 
 Into = tuple[Tensor | None, Tensor | None]  # where gradients of a (rank, i) and b (o, rank) are added; None: not wanted
 RANK, WIDTH = 8, 32  # what the C functions divide ranks and widths by
@@ -109,7 +109,7 @@ def pair_gradients(
         check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
         return
     if has_triton(x.device):
-        from lorakit.attach.kernels import triton_pairs
+        from lorakit.kernels import triton_pairs
 
         if triton_pairs.takes(x, s, a, b, dys, dx):
             triton_pairs.gradients(x, s, a, b, dys, into, scales, dx)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.attach.kernels.native import library
-from lorakit.attach.kernels.products import linear
+from lorakit.kernels.native import library
+from lorakit.kernels.products import linear
 
 _LANES = 16
 

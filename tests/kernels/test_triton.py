@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.attach.kernels import lora as lora_module
-from lorakit.attach.kernels import thin
-from lorakit.attach.kernels.lora import Layer, lora_group
+from lorakit.kernels import lora as lora_module
+from lorakit.kernels import thin
+from lorakit.kernels.lora import Layer, lora_group
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not for this system; runs on Linux (lorakit[gpu])"
@@ -35,7 +35,7 @@ def kernels(monkeypatch):
     """The kernels' module under the interpreter, and the dispatcher led to it."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which tests/test_gpu.py runs the kernels themselves")
-    module = importlib.import_module("lorakit.attach.kernels.triton_pairs")
+    module = importlib.import_module("lorakit.kernels.triton_pairs")
     monkeypatch.setattr(thin, "has_triton", lambda _: True)
     monkeypatch.setattr(thin, "_ours", lambda *_: False)
     return module
@@ -128,7 +128,7 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorakit.attach.kernels import triton_pairs as kernels
+from lorakit.kernels import triton_pairs as kernels
 
 def machine_code(function, dtype, rank, capability, **more):
     cut = kernels._blocks(rank, dtype) | more

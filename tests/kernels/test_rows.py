@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorakit.attach.kernels import rows as kernel
+from lorakit.kernels import rows as kernel
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.attach.kernels.native import library
-from lorakit.attach.kernels.thin import RANK, WIDEST, WIDTH, Into, check
+from lorakit.kernels.native import library
+from lorakit.kernels.thin import RANK, WIDEST, WIDTH, Into, check
 
 _LARGEST = 1 << 22  # places of a table: 16 MiB
 _KEPT = 4 * _LARGEST  # of all tables that are kept

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.attach.kernels import native
+from lorakit.kernels import native
 
 CODE = """
 import torch
-from lorakit.attach.kernels import native
-from lorakit.attach.kernels.segments import Scores, segment_attention
+from lorakit.kernels import native
+from lorakit.kernels.segments import Scores, segment_attention
 q, k, v = torch.randn(3, 2, 9, 16)
 y = segment_attention(q, k, v, torch.tensor([0, 4, 9]), Scores(0.25, causal=True))
 assert y.shape == q.shape
@@ -64,7 +64,7 @@ def test_without_them_torch_does_the_work_and_the_reason_is_told(env: dict[str, 
 THREADS = """
 import os, sys
 import torch
-from lorakit.attach.kernels.rows import rms_norm
+from lorakit.kernels.rows import rms_norm
 torch.set_num_threads(int(sys.argv[1]))
 x, weight = torch.randn(512, 256), torch.ones(256)
 before = len(os.listdir("/proc/self/task"))

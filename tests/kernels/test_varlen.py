@@ -7,9 +7,9 @@ import torch
 from test_segments import agree, tensors
 from torch import Tensor
 
-from lorakit.attach.kernels import segments as kernel
-from lorakit.attach.kernels import varlen
-from lorakit.attach.kernels.segments import Asking, Scores
+from lorakit.kernels import segments as kernel
+from lorakit.kernels import varlen
+from lorakit.kernels.segments import Asking, Scores
 
 
 def played(

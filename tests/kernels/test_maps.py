@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorakit.attach.kernels import maps
-from lorakit.attach.kernels.maps import Geometry, add_conv_pair, conv_pair_gradients, rows_of
+from lorakit.kernels import maps
+from lorakit.kernels.maps import Geometry, add_conv_pair, conv_pair_gradients, rows_of
 
 LAST = torch.channels_last
 needs_bf16 = pytest.mark.skipif(

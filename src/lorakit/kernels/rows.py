@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.attach.kernels.native import library
+from lorakit.kernels.native import library
 
 _KNOWN = (torch.float32, torch.bfloat16)
 _LONG = ctypes.c_int64
