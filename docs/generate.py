@@ -16,6 +16,7 @@ from benchmarks_page import benchmarks_page, row
 from lorakit.cli import VERBS, parser_of
 from lorakit.kinds import KINDS
 from lorakit.method import METHODS, STARTS
+from lorakit.quant import FORMATS
 
 FOLDER = Path(__file__).parent
 
@@ -58,6 +59,15 @@ def methods_page() -> str:
     lines += ["", "## Kinds of layer", "", row("kind", "layers"), row(*["---"] * 2)]
     for kind in sorted(KINDS, key=lambda k: k.name):
         lines.append(row(kind.name, kind.layers))
+    lines += [
+        "",
+        "## Formats of quantized bases",
+        "",
+        row("format", "bits a number", "when", "source"),
+        row(*["---"] * 4),
+    ]
+    for form in sorted(FORMATS, key=lambda f: f.name):
+        lines.append(row(form.name, f"{form.bits:g}", form.use, form.source))
     return "\n".join([*lines, ""])
 
 

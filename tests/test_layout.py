@@ -23,6 +23,7 @@ ROOMS = {
     "plan": 2,
     "method": 2,
     "adapter": 2,
+    "quant": 2.5,  # formats and layers of quantized weights
     "methods": 3,
     "starts": 3,
     "kinds": 3,
@@ -30,6 +31,7 @@ ROOMS = {
     "describe": 5,
     "whole": 5.2,  # reads what describe says
     "rules": 5.5,  # and what learns whole
+    "quantize": 5.7,
     "attach": 6,
     "trunk": 6.5,  # runs what attach has put on
     "tasks": 7,

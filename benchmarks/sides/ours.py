@@ -51,6 +51,8 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     job = JOBS[setting["job"]]
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
     model = base(setting["job"], torch.float32)
+    if setting.get("quantize"):
+        lk.quantize(model, setting["quantize"])
     task, tokens = job_of(setting["job"], train[: setting.get("rows")], model)
     own = {"learning_rate": job["rate"], "batch_size": job["batch"], "dtype": dtype, **setting.get("settings", {})}
     settings = Settings(**own)

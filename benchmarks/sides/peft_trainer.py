@@ -52,6 +52,8 @@ def model_of(setting: dict[str, Any]) -> nn.Module:
     """The base with its head; with adapters on every linear layer of the trunk, or all of it trained (`full`)."""
     name, dtype = setting["job"], {"fp32": torch.float32, "bf16": torch.bfloat16}[setting["dtype"]]
     model = base(name, dtype)
+    if setting.get("bits"):
+        quantized(model, setting["bits"])
     if JOBS[name]["task"] == "classify":
         model = MeanPooled(model, 2)
     if setting.get("full"):
@@ -62,6 +64,20 @@ def model_of(setting: dict[str, Any]) -> nn.Module:
         matrices = [path for path, module in model.trunk.named_modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr,operator]
         own = {"target_modules": [f"trunk.{path}" for path in matrices], "modules_to_save": ["classifier"]}
     return get_peft_model(model, LoraConfig(r=JOBS[name]["rank"], lora_alpha=SCALE * JOBS[name]["rank"], **own))
+
+
+def quantized(model: nn.Module, bits: str) -> None:
+    """Its matrices but the head as bitsandbytes keeps them, as Transformers puts them there."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for path, old in list(model.named_modules()):
+        if not isinstance(old, nn.Linear) or "head" in path:
+            continue
+        size = {"input_features": old.in_features, "output_features": old.out_features, "bias": old.bias is not None}
+        new = Linear8bitLt(**size, has_fp16_weights=False) if bits == "int8" else Linear4bit(**size, quant_type="nf4")
+        new.load_state_dict(old.state_dict())
+        host, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(host), leaf, new.to("cpu"))
 
 
 class Counting:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lorakit.inspect import inspect as inspect
     from lorakit.method import Method as Method
     from lorakit.plan import Plan as Plan
+    from lorakit.quantize import dequantize as dequantize
+    from lorakit.quantize import quantize as quantize  # type: ignore[no-redef]
     from lorakit.rules import plan as plan
     from lorakit.update import Update as Update
 
@@ -48,6 +50,7 @@ _HOMES = {
     "activate": "attach",
     "attach": "attach",
     "collect": "attach",
+    "dequantize": "quantize",
     "describe": "describe",
     "detach": "attach",
     "disabled": "attach",
@@ -60,6 +63,7 @@ _HOMES = {
     "plan": "rules",
     "predict": "fit",
     "probe": "attach",
+    "quantize": "quantize",
     "truncate": "algebra.truncate",
     "unmerge": "attach",
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.kinds import KINDS, Kind, kind_of
 from lorakit.update import LayerSpec
@@ -71,6 +71,11 @@ class Found(NamedTuple):
         assert weight is not None
         return weight
 
+    @property
+    def numbers(self) -> Tensor:
+        """A plain tensor by which the weight can be told from others."""
+        return self.kind.numbers(self.module, self.weight)
+
 
 def locate(model: nn.Module, path: str) -> Found | None:
     """The weight at a layer path; None where the model has no such layer.
@@ -87,6 +92,7 @@ def locate(model: nn.Module, path: str) -> Found | None:
         kind: Kind | None = KINDS["parameter"]
     else:
         kind = kind_of(module)
+        parameter = kind.parameter if kind is not None else parameter
     return None if kind is None else Found(module, parameter, kind, _spec(model, module, parameter, kind, path))
 
 
@@ -102,7 +108,7 @@ def _spec(
     model: nn.Module, module: nn.Module, parameter: str, kind: Kind, path: str, tied: tuple[str, ...] = ()
 ) -> LayerSpec:
     shapes = kind.shapes(module, parameter)
-    role = role_of(path, kind.name)
+    role = role_of(path, kind.family or kind.name)
     bare = kind.name == "parameter"
     if bare and isinstance(module, nn.RNNBase):
         role = "recurrent"
@@ -110,7 +116,9 @@ def _spec(
         role = "experts" if role == "other" else role
     called = not bare and owner_of(model, module, path) is module
     peculiar = shapes.peculiar or ("" if bare or called else "its weight is read without a call")
-    return LayerSpec(path, kind.name, *shapes[:4], role, block_of(path), shapes.has_bias, called, tied, peculiar)
+    return LayerSpec(
+        path, kind.family or kind.name, *shapes[:4], role, block_of(path), shapes.has_bias, called, tied, peculiar
+    )
 
 
 def owner_of(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
@@ -179,7 +187,7 @@ def describe(model: nn.Module) -> list[LayerSpec]:
                 owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
         kind = kind_of(module)
         if kind is not None:
-            found.append((module, "weight", kind, path))
+            found.append((module, kind.parameter, kind, path))
             continue
         for name in module._parameters:
             if _is_bare_matrix(module, name):

@@ -68,7 +68,7 @@ def fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if len(updates) == 1 and slot.kind.is_product and _fusable(updates[0], x):
         update = updates[0]
         bias = module.bias if update.bias is None else update.changed_bias(module.bias)  # type: ignore[arg-type]
-        return lora_linear(x, reader(), bias, update.a, update.b, update.scale)  # type: ignore[arg-type]
+        return lora_linear(x, reader.operand(), bias, update.a, update.b, update.scale)  # type: ignore[arg-type]
     if len(updates) == 1 and slot.kind.is_product and updates[0].dense is not None:  # one product instead of two
         bias = updates[0].changed_bias(module.bias)  # type: ignore[arg-type]
         return F.linear(x, updates[0].weight(reader()), bias)

@@ -13,6 +13,7 @@ from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
 from lorakit.method import METHODS, Factors, Held, check_plan, settled, sharing
 from lorakit.plan import LayerPlan, Plan
+from lorakit.quantize import quantized_as
 from lorakit.update import AdaptedLayer, LayerSpec
 from lorakit.whole import resolve_trained
 
@@ -46,8 +47,9 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
-        "base_fingerprint": fingerprint((path, place.weight) for path, place in places.items()),
+        "base_fingerprint": fingerprint((path, place.numbers) for path, place in places.items()),
         "seed": seed,
+        **({"quantized": dict(how)} if (how := quantized_as(model)) else {}),
         "lorakit": __version__,
     }
     return Adapter(layers, {name: p.detach().clone() for name, p in resolve_trained(model, plan.trained).items()}, meta)
@@ -114,7 +116,7 @@ def _shared(
 def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     """Fingerprint of the base weights at these layer paths."""
     places = ((path, locate(model, path)) for path in paths)
-    return fingerprint((path, place.weight) for path, place in places if place is not None)
+    return fingerprint((path, place.numbers) for path, place in places if place is not None)
 
 
 def _seeded(generator: torch.Generator, seed: int, path: str) -> torch.Generator:

@@ -20,7 +20,7 @@ class Group:
         self.members = list(members)
         self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
         self.readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
-        self.packed = [pack(reader()) if packs else None for reader in self.readers]
+        self.packed = [pack(reader.operand()) if packs else None for reader in self.readers]
         self._x: tuple[Any, ...] = ()
         self._parts: list[Tensor | None] = []
         self.now = self._room(dtype)
@@ -82,5 +82,5 @@ class Group:
     def _layers(self) -> list[Layer]:
         layers = []
         for (module, _, _), reader, pair, packed in zip(self.members, self.readers, self.pairs(), self.packed):
-            layers.append(Layer(reader(), module.bias, *pair, packed))  # type: ignore[arg-type]
+            layers.append(Layer(reader.operand(), module.bias, *pair, packed))  # type: ignore[arg-type]
         return layers

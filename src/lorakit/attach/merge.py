@@ -6,6 +6,7 @@ the kept originals back.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,27 @@ from lorakit.update import Update
 _BLOCK_NUMBERS = 1 << 19  # numbers of W per block: 2 MB in float32, which stays in a second-level cache
 
 
-def merge(model: nn.Module, *, keep: bool = False, tied: bool = False) -> None:
+class Rounding(NamedTuple):
+    """What rounding a merged weight to few bits has cost: `|W'' - W'| / |W'|` (Frobenius), and the share of the change
+    that it made unlike what was merged, `|W'' - W'| / |W' - W|`."""
+
+    of_weight: float
+    of_change: float
+
+
+def merge(
+    model: nn.Module, *, keep: bool = False, tied: bool = False, zeros: bool = False, requantize: bool = False
+) -> dict[str, Rounding]:
     """Writes the active adapters into the base weights and detaches all adapters: a plain model remains.
 
     `keep=True` keeps a copy of every changed weight, so that `unmerge` restores the base bit for bit and the adapters
-    go on being attached. `tied=True` allows a weight that other layers share (their output changes too). Raises
-    AttachError, before anything is changed, for tied weights and for updates that are not finite.
+    go on being attached. `tied=True` allows a weight that other layers share (their output changes too). `zeros=True`
+    leaves every 0 of a base weight a 0, so that a pruned base stays pruned. `requantize=True` allows weights in few
+    bits, which are merged as floats and rounded again; returned is what that cost, for each of their layers. The exact
+    way is `dequantize` before attaching.
+
+    Raises AttachError, before anything is changed, for tied weights, weights in few bits, and updates that are not
+    finite.
     """
     model, switch = home_of(model)
     refuse_merged(switch)
@@ -34,18 +50,23 @@ def merge(model: nn.Module, *, keep: bool = False, tied: bool = False) -> None:
         raise AttachError("no adapter is active, so there is nothing to merge; activate one first")
     paths = dict.fromkeys(path for name in switch.active for path in switch.names[name])
     trained = dict.fromkeys(full for name in switch.active for full in switch.trained[name])
-    _check(model, list(paths), list(trained), tied)
+    _check(model, list(paths), list(trained), tied, requantize)
+    if keep:
+        _refuse_unkept(model, list(paths))
     kept = _Originals() if keep else None
     with torch.no_grad():
         for full_name in trained:
             _write_trained(model, full_name, kept)
-        for module, parameter, slot in slots_of(model, paths):
-            _write_layer(module, parameter, slot, kept)
+        found = {
+            slot.path: _write_layer(module, parameter, slot, kept, zeros)
+            for module, parameter, slot in slots_of(model, paths)
+        }
     if kept is not None:
         switch.merged = (switch.active, kept.weights)
         switch.active = ()
     else:
         detach(model)
+    return {path: rounding for path, rounding in found.items() if rounding is not None}
 
 
 def unmerge(model: nn.Module) -> None:
@@ -54,16 +75,22 @@ def unmerge(model: nn.Module) -> None:
     if switch.merged is None:
         raise AttachError("nothing is merged with keep=True in this model, so there is no original to put back")
     active, kept = switch.merged
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, original in kept.items():
-            parameters[name].copy_(original)
+            tensors[name].copy_(original)
     switch.merged = None
     switch.active = active
 
 
-def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool) -> None:
+def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool, requantize: bool) -> None:
     faults: list[str] = [] if tied else _shared(model, paths, trained)
+    few = [slot.path for _, _, slot in slots_of(model, paths) if slot.kind.rounds]
+    if few and not requantize:
+        faults.append(
+            f"{len(few)} layers, e.g. '{few[0]}', keep their weights in few bits, to which the sum would be rounded; "
+            "dequantize the model before attaching, or pass requantize=True"
+        )
     for module, parameter, slot in slots_of(model, paths):
         reader = WeightReader(module, parameter, slot.kind)
         for factors in slot.active():
@@ -81,6 +108,16 @@ def _check(model: nn.Module, paths: list[str], trained: list[str], tied: bool) -
         raise AttachError(f"nothing was merged: {listed(faults)}")
 
 
+def _refuse_unkept(model: nn.Module, paths: list[str]) -> None:
+    """AttachError for layers of other libraries, which keep more of a weight than we know of."""
+    for module, parameter, slot in slots_of(model, paths):
+        if not slot.kind.tensors(module, parameter):
+            raise AttachError(
+                f"keep=True cannot put back the weight of '{slot.path}' ({type(module).__name__}); merge a copy of the "
+                "model, or leave keep out"
+            )
+
+
 def _shared(model: nn.Module, paths: list[str], trained: list[str]) -> list[str]:
     """Weights that are one tensor in the base and would not be one any more: each place would see all changes."""
     names: dict[int, list[str]] = {}
@@ -89,11 +126,12 @@ def _shared(model: nn.Module, paths: list[str], trained: list[str]) -> list[str]
     faults: list[str] = []
     places = {place.spec.path: place for path in paths if (place := locate(model, path)) is not None}
     changed = {path: id(place.weight) for path, place in places.items()}
+    own = {path: f"{path}.{place.parameter}" for path, place in places.items()}
     for path, key in [*changed.items(), *((name, id(stand_in(model, name).base)) for name in trained)]:
         adapted = key in changed.values()
         standing = {id(_standing(model, name)) for name in trained if name in names[key]}
         one_for_all = len(standing) == 1 and set(names[key]) <= set(trained)
-        others = [other for other in names[key] if other not in (path, f"{path}.weight")]
+        others = [other for other in names[key] if other not in (path, own.get(path))]
         if others and (adapted or not one_for_all):
             faults.append(
                 f"'{path}' shares its weight with {', '.join(repr(other) for other in others)}, which would change "
@@ -128,26 +166,41 @@ def _write_trained(model: nn.Module, full_name: str, kept: _Originals | None) ->
     base.copy_(_standing(model, full_name))
 
 
-def _write_layer(module: nn.Module, parameter: str, slot: Slot, kept: _Originals | None) -> None:
+def _write_layer(
+    module: nn.Module, parameter: str, slot: Slot, kept: _Originals | None, zeros: bool
+) -> Rounding | None:
     stored = module._parameters[parameter]
     assert stored is not None
     host = slot.path if parameter == "weight" else slot.path.rpartition(".")[0]
     prefix = f"{host}." if host else ""
     reader = WeightReader(module, parameter, slot.kind)
     updates = [factors.update(reader).detached() for factors in slot.active()]
-    name = bias_name(module, parameter)
-    bias = module._parameters.get(name) if name else None
+    bias_called = bias_name(module, parameter)
+    bias = module._parameters.get(bias_called) if bias_called else None
     changed = summed_bias(bias, updates)
     if kept is not None:
-        kept.keep(prefix + parameter, stored)
+        for name, tensor in slot.kind.tensors(module, parameter).items():
+            kept.keep(prefix + name, tensor)
         if changed is not bias and bias is not None:
-            kept.keep(prefix + name, bias)
+            kept.keep(prefix + bias_called, bias)
     weight = slot.kind.canonical(module, stored.data)
+    before = weight.clone() if slot.kind.rounds else weight
+    pruned = weight == 0 if zeros else None
     add_in_place(weight, updates)
-    if weight.data_ptr() != stored.data_ptr():  # a memory format without a canonical view (channels_last)
-        stored.copy_(slot.kind.stored(module, weight))
+    if pruned is not None:
+        weight.masked_fill_(pruned, 0)
+    if weight.data_ptr() != stored.data_ptr():  # few bits, or a memory format without a canonical view (channels_last)
+        slot.kind.write(module, parameter, weight)
     if changed is not bias and bias is not None and changed is not None:
         bias.copy_(changed)
+    return _rounding(reader(), weight, before) if slot.kind.rounds else None
+
+
+def _rounding(found: Tensor, wanted: Tensor, before: Tensor) -> Rounding:
+    off, of_weight, of_change = (
+        float(torch.linalg.vector_norm(x.float())) for x in (found - wanted, wanted, wanted - before)
+    )
+    return Rounding(off / of_weight if of_weight else 0.0, off / of_change if of_change else 0.0)
 
 
 def add_in_place(weight: Tensor, updates: list[Update]) -> None:

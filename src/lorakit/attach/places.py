@@ -1,7 +1,7 @@
 """Where the layers of an adapter go in a model, and under which drive: every check, and no change."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from lorakit.attach.slots import Slot, slot_name
 from lorakit.describe import Found, is_added, owner_of, parent_of
 from lorakit.errors import AdapterError, BaseMismatchError, listed, nearest
 from lorakit.method import METHODS, not_called
+from lorakit.quantize import quantized_as
 from lorakit.update import AdaptedLayer, LayerSpec
 
 DRIVES = ("hook", "fused", "weight")
@@ -162,8 +163,17 @@ def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Modul
 
 def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -> None:
     wanted = adapter.base_fingerprint
-    if wanted and not same_base(wanted, fingerprint((place.path, place.found.weight) for place in places)):
+    if wanted and not same_base(wanted, fingerprint((place.path, place.found.numbers) for place in places)):
+        how, now = (dict(note) for note in (adapter.meta.get("quantized") or {}, quantized_as(model)))
+        if how != now:
+            way = f"; it was made on them {_as(how)}, and this model has them {_as(now)}: quantize it likewise"
+        else:
+            way = "; load that base"
         raise BaseMismatchError(
-            f"this adapter{made_on(adapter)} was made for other weights than this {type(model).__name__} has; load "
-            "that base, or (Python) pass check_base=False if the difference is meant (e.g. a quantized base)"
+            f"this adapter{made_on(adapter)} was made for other weights than this {type(model).__name__} has{way}, or "
+            "(Python) pass check_base=False if the difference is meant"
         )
+
+
+def _as(how: Mapping[str, Any]) -> str:
+    return f"in {how['form']} (layers {how['layers']}, embeddings {how['embeddings']})" if how else "in float"

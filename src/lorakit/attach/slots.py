@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import AttachError
+from lorakit.kernels.products import Coded
 from lorakit.kinds import Kind
 from lorakit.method import Method
 from lorakit.update import AdaptedLayer, Update
@@ -256,15 +257,19 @@ class WeightReader:
     def __call__(self) -> Tensor:
         return self.kind.canonical(self.module, self.stored())
 
+    def operand(self) -> Tensor | Coded:
+        """The weight as products take it."""
+        return self.kind.operand(self.module, self.stored())
+
     @property
     def shape(self) -> tuple[int, ...]:
         """`(.., o, i)`."""
-        return tuple(self().shape)
+        return tuple(self.operand().shape)
 
 
 def slot_name(parameter: str) -> str:
     """Name of the child that holds the slot of a parameter."""
-    return "adapters" if parameter == "weight" else f"adapters_{parameter}"
+    return "adapters" if parameter in ("weight", "W_q") else f"adapters_{parameter}"
 
 
 def find_home(model: nn.Module) -> nn.Module | None:
@@ -336,8 +341,9 @@ def slots_of(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module
     """Module, parameter name and slot of every given layer path, at the cost of the paths alone."""
     for path in paths:
         try:
-            module, parameter = model.get_submodule(path), "weight"
+            module = model.get_submodule(path)
             slot = module._modules.get("adapters")
+            parameter = slot.parameter if isinstance(slot, Slot) else ""
         except AttributeError:
             host, _, parameter = path.rpartition(".")
             module = model.get_submodule(host)

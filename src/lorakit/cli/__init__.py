@@ -24,6 +24,7 @@ _OUT_OF_MEMORY = re.compile("allocate memory|out of memory")
 
 VERBS = {
     "plan": "turn rules into a plan: which layer gets which method, rank and start",
+    "quantize": "say what keeping a base in 8 or 4 bits saves and costs",
     "fit": "train an adapter on your rows and prove it on rows it has not seen",
     "predict": "answer texts with a fitted adapter: labels, or written text",
     "chat": "talk with fitted language models, which take turns on one base",

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.cli.common import say
     from lorakit.errors import LorakitError, UsageError
     from lorakit.fit.talk import Talk
-    from lorakit.fit.use import open_run
+    from lorakit.fit.use import load_base_of, open_run
 
     opened = {name: open_run(path) for name, path in _named(args.runs).items()}
     adapter, task = next(iter(opened.values()))
-    base = task.load_base(args.base or adapter.base_name) if hasattr(task, "template") else None
+    base = load_base_of(adapter, args.base) if hasattr(task, "template") else None
     piped, written, failed = not sys.stdin.isatty(), list[dict[str, Any]](), False
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     with Talk(opened, base, args.system, args.device) as talk:

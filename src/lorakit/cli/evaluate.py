@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, evaluates, prints."""
     from lorakit.data.faults import counted, gathered, skipping, told
     from lorakit.errors import UsageError
-    from lorakit.fit.use import evaluate, open_run
+    from lorakit.fit.use import evaluate, load_base_of, open_run
 
     if bool(args.data) == bool(args.harness):
         raise UsageError("give either a file with texts and right answers or --harness TASK")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> Reply:
     with skipping(args.skip_bad) as skipped:
         with gathered():
             rows = task.read(args.data, **columns_for(task, args))
-        base = task.load_base(args.base) if args.base else None
+        base = load_base_of(opened[0], args.base) if args.base else None
         found = evaluate(opened, rows, base=base, watch=bar(len(rows), "row"), **options)
     text = "\n\n".join([str(found), *(f"note: {line}" for line in told(skipped.bad))])
     return Reply(text, {**asdict(found), "skipped": counted(skipped.bad)})  # type: ignore[call-overload]
@@ -74,8 +74,9 @@ def run(args: argparse.Namespace) -> Reply:
 
 def _harness(args: argparse.Namespace, opened: Any) -> Reply:
     from lorakit.fit.harness import harness
+    from lorakit.fit.use import load_base_of
 
-    base = opened[1].load_base(args.base) if args.base else None
+    base = load_base_of(opened[0], args.base) if args.base else None
     tasks = [name for name in args.harness.split(",") if name]
     found = harness(opened, tasks, base=base, device=args.device, limit=args.limit, chat=args.harness_chat)
     return Reply(str(found), asdict(found))

@@ -93,6 +93,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--template", help="generate, prefer: auto (default: the base's chat template, if any) or plain"
     )
     parser.add_argument("--source-prefix", metavar="TEXT", help="translate: text in front of every source")
+    parser.add_argument(
+        "--quantize", metavar="FORMAT", help="keep the base in few bits: int8, nf4 or int4 (see lorakit quantize)"
+    )
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
     parser.add_argument("--settings", metavar="FILE", help="TOML file with the settings below, same names")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out that was interrupted")
@@ -121,6 +124,7 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.settings import GO_ON, make_settings
     from lorakit.fit.workers import Workers
     from lorakit.plan import Plan
+    from lorakit.quantize import quantize
     from lorakit.tasks.task import TASKS
 
     task = TASKS[args.task]
@@ -140,6 +144,8 @@ def run(args: argparse.Namespace) -> Reply:
     with skipping(settings.get("skip_bad", 0)):
         data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
         data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
+        if args.quantize:
+            say(f"base in {args.quantize}: {quantize(base.model, args.quantize)}")
         plan = Plan.load(args.plan) if args.plan else task.plan(base.model, **rules)
         watch = _Watch(task)
         try:

@@ -2,7 +2,8 @@
 
 The sums are formed in float32 and rounded once, to the precision that the base's files are in. A head that was trained
 with the adapter goes with it (lorakit_head.safetensors, and lorakit_task.json says what it is for), so that lorakit
-predict and evaluate take the merged directory like a run.
+predict and evaluate take the merged directory like a run. An adapter of a quantized base is merged into the numbers
+that the base stood for, in float.
 
 example: lorakit merge runs/demo --out merged/demo
 """
@@ -23,10 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Reply:
     """Loads, attaches, merges, saves."""
-    from lorakit.attach import attach, merge
+    from lorakit.attach import attach, detach, merge
     from lorakit.errors import UsageError
     from lorakit.files import replaced_directory, write_json, write_tensors
     from lorakit.fit.use import HEAD_FILE, TASK, adapter_in, load_base_of
+    from lorakit.quantize import dequantize, quantized_as
     from lorakit.tasks.task import task_of
 
     out = Path(args.out)
@@ -41,6 +43,10 @@ def run(args: argparse.Namespace) -> Reply:
         task.prepare(base.model)
         name = task.head
     attach(base.model, adapter)
+    if quantized_as(base.model):  # the sum is exact in float alone
+        detach(base.model)
+        dequantize(base.model)
+        attach(base.model, adapter, check_base=False)
     merge(base.model)
     head = base.model.get_submodule(name).state_dict() if name else {}
     base.model._modules.pop(name, None)  # the plain model, as other programs know it

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> Reply:
     """Loads, predicts, prints."""
     from lorakit.data.streamed import read_or_streamed
     from lorakit.errors import UsageError
-    from lorakit.fit.use import open_run
+    from lorakit.fit.use import load_base_of, open_run
 
     if bool(args.data) == bool(args.say):
         raise UsageError("give either a file with texts or --say TEXT")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Reply:
         rows = task.asked(said)
     else:
         rows = read_or_streamed(args.data, read, None) if args.out else read(args.data)
-    base = task.load_base(args.base) if args.base else None
+    base = load_base_of(opened[0], args.base) if args.base else None
     options |= {"base": base, "truncate": args.truncate, "device": args.device}
     found = _answers(opened, rows, options, bool(args.data))
     if args.out:

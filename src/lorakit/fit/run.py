@@ -118,7 +118,7 @@ def fit(
     moves = place_of(net) != where  # then what it was before waits there
     sizes = {
         "base_parameters": sum(p.numel() for p in net.parameters()),
-        "base_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
+        "base_bytes": sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())),
     }
     with (
         placed(net, where, keep=keep),

@@ -10,7 +10,7 @@ from lorakit.data.cells import text_of
 from lorakit.data.dialogues import Dialogues, Turn
 from lorakit.device import resolve_device
 from lorakit.errors import DataError, UsageError, nearest
-from lorakit.fit.use import Run, open_run, refuse_unknown
+from lorakit.fit.use import Run, load_base_of, open_run, refuse_unknown
 from lorakit.tasks.answers import no_scores
 from lorakit.tasks.base import Base
 from lorakit.tasks.generate import Generate
@@ -44,7 +44,7 @@ class Talk:
         self._first = next(iter(opened))
         adapter, task = opened[self._first]
         self._where = resolve_device(device, *([place_of(base.model)] if base else []))
-        self._base = base or task.load_base(adapter.base_name)
+        self._base = base or load_base_of(adapter)
         self._system = system
         self.turns: list[Turn] = []
         self.n_dropped = 0

@@ -24,6 +24,7 @@ from lorakit.files import read_json, read_tensors
 from lorakit.fit.directory import unfinished
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
+from lorakit.quantize import quantize
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import Evaluated, Scores, Task, task_of
 from lorakit.trunk import eval_mode, place_of, placed, resolve_dtype
@@ -38,7 +39,8 @@ def open_run(path: str | Path) -> tuple[Adapter, Task]:
     place = Path(path)
     if (place / TASK).is_file():  # a merged model: nothing to adapt, only its head, where the task has one
         head = read_tensors(place / HEAD_FILE) if (place / HEAD_FILE).is_file() else {}
-        return Adapter({}, head, {"base_name": str(place)}), task_of(read_json(place / TASK))
+        note = read_json(place / TASK)
+        return Adapter({}, head, {"base_name": str(place), "task": note}), task_of(note)
     adapter = adapter_in(place)
     note = adapter.meta.get("task")
     if not note:
@@ -72,15 +74,20 @@ def opened_run(run: Run) -> tuple[Adapter, Task]:
 
 
 def load_base_of(adapter: Adapter, name: str | None = None) -> Base:
-    """The base that an adapter was made on, or the one of this name, as the adapter's task loads it."""
+    """The base that an adapter was made on, or the one of this name, as the adapter's task loads it, and quantized as
+    it was then."""
     place = name or adapter.base_name
     if not place:
         raise UsageError("the adapter does not say which base it was made on; name it with --base")
     note = adapter.meta.get("task")
     if note:
-        return task_of(note).load_base(place)
-    heads = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
-    return load_base(place, head=heads.get((adapter.meta.get("peft") or {}).get("task_type", ""), "none"))
+        base = task_of(note).load_base(place)
+    else:
+        heads = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
+        base = load_base(place, head=heads.get((adapter.meta.get("peft") or {}).get("task_type", ""), "none"))
+    if how := adapter.meta.get("quantized"):
+        quantize(base.model, **how)
+    return base
 
 
 Watch = Callable[[int, int], object]  # how many are done, of how many
@@ -94,7 +101,7 @@ def used(
     texts."""
     adapter, task = opened_run(run)
     where = resolve_device(device, *([place_of(base.model)] if base else []))
-    own = base or task.load_base(adapter.base_name)
+    own = base or load_base_of(adapter)
     had_head = hasattr(own.model, task.head)
     before = active(own.model) if find_home(own.model) is not None else ()
     task.prepare(own.model)

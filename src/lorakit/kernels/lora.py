@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.products import Packed, input_gradient, linear
+from lorakit.kernels.products import Coded, Packed, dense, input_gradient, linear
 from lorakit.kernels.thin import Into, add_pairs, pair_gradients
 
 _PAD = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # on a CPU
@@ -45,7 +45,7 @@ class Ready(NamedTuple):
 class Layer(NamedTuple):
     """One layer of a group. `weight (o, i)`, `bias (o,)` or None, `a (r, i)`, `b (o, r)`."""
 
-    weight: Tensor
+    weight: Tensor | Coded
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -69,20 +69,20 @@ def ready(pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> 
     return Ready(wide_a[0] if len(wide_a) == 1 else torch.cat(wide_a), tuple(wide_b))
 
 
-def _pays_to_merge(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def _pays_to_merge(x: Tensor, weights: Sequence[Tensor | Coded]) -> bool:
     if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
         return False
     outs, i = sum(w.shape[0] for w in weights), x.shape[1]
     return x.shape[0] * (i + outs) > 2 * i * outs
 
 
-def _merged(weights: Sequence[Tensor], now: Ready) -> Tensor:
+def _merged(weights: Sequence[Tensor | Coded], now: Ready) -> Tensor:
     """All `W + scale b a` of the group in one new matrix (sum of o, i)."""
-    whole = torch.empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=weights[0].dtype)
+    whole = torch.empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=now.a.dtype)
     row = column = 0
     for weight, b in zip(weights, now.b):
         r, o = b.shape
-        torch.addmm(weight, b.T, now.a[column : column + r], out=whole[row : row + o])
+        torch.addmm(dense(weight, now.a.dtype), b.T, now.a[column : column + r], out=whole[row : row + o])
         row, column = row + o, column + r
     return whole
 
@@ -91,7 +91,7 @@ class _Group(torch.autograd.Function):
     """Inputs: x, (scales, Ready or None, packed weights), then for each layer weight, bias, a, b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: Any, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, how: Any, *tensors: Any) -> Any:
         scales, given, packed = how
         weights, biases, a, b = (tensors[k::4] for k in range(4))
         now = given or ready(list(zip(a, b, scales)), x.dtype)
@@ -101,8 +101,9 @@ class _Group(torch.autograd.Function):
         else:
             parts = tuple(linear(x, *one) for one in zip(weights, biases, packed))
             s = add_pairs(x, now.a, now.b, parts)
-        ctx.save_for_backward(x, s, *weights, *a, *b)
+        ctx.save_for_backward(x, s, *(w if isinstance(w, Tensor) else None for w in weights), *a, *b)
         ctx.scales, ctx.given, ctx.packed = scales, given, packed
+        ctx.coded = [None if isinstance(w, Tensor) else w for w in weights]
         return parts if len(parts) > 1 else parts[0]
 
     @staticmethod
@@ -110,7 +111,8 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, s, *rest = ctx.saved_tensors
         n = len(dys)
-        weights, a, b = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        weights = [coded or weight for coded, weight in zip(ctx.coded, rest[:n])]
+        a, b = rest[n : 2 * n], rest[2 * n :]
         now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
         merge = _pays_to_merge(x, weights)
         dx = None
@@ -169,7 +171,7 @@ def lora_group(x: Tensor, layers: Sequence[Layer], now: Ready | None = None) -> 
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor | Coded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """`F.linear(x, weight, bias) + scale * (x a^T) b^T` for `x (.., i)`, `weight (o, i)`, `a (r, i)`, `b (o, r)`.
 
     >>> import torch

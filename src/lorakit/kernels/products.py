@@ -5,6 +5,7 @@ compute in float32. In bfloat16 torch takes oneDNN by itself, which first brings
 at every call: a weight that does not change is brought there once (`pack`). Measured in benchmarks/products.py.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +17,14 @@ from torch.autograd.function import once_differentiable
 _SMALLEST = 64 * 64  # numbers in a weight below which packing gains nothing
 
 
+class Coded(NamedTuple):
+    """A frozen weight `W (o, i)` kept in another form: made a tensor for one product, and let go."""
+
+    shape: tuple[int, int]
+    read: Callable[[torch.dtype], Tensor]
+    requires_grad: bool = False
+
+
 class Packed(NamedTuple):
     """One weight `W (o, i)` in oneDNN's order: for `x W^T`, and for `dy W`."""
 
@@ -23,10 +32,11 @@ class Packed(NamedTuple):
     backward: Tensor
 
 
-def pack(weight: Tensor) -> Packed | None:
+def pack(weight: Tensor | Coded) -> Packed | None:
     """The weight in oneDNN's order, twice; None where that does not help."""
     if (
-        weight.device.type != "cpu"
+        not isinstance(weight, Tensor)
+        or weight.device.type != "cpu"
         or weight.dtype != torch.bfloat16
         or weight.numel() < _SMALLEST
         or not torch._C._has_mkldnn
@@ -53,8 +63,14 @@ def _by_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] > 0 and _onednn_is_faster()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+def dense(weight: Tensor | Coded, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor; what is one already stays as it is."""
+    return weight if isinstance(weight, Tensor) else weight.read(dtype)
+
+
+def linear(x: Tensor, weight: Tensor | Coded, bias: Tensor | None = None, packed: Packed | None = None) -> Tensor:
     """`x (n, i)` times `weight (o, i)` transposed, plus `bias (o,)`. No gradient."""
+    weight = dense(weight, x.dtype)
     if packed is not None or _by_onednn(x):
         right = weight if packed is None else packed.forward
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, right, bias, "none", [], "")
@@ -62,8 +78,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Packed
     return F.linear(x, weight, bias)
 
 
-def input_gradient(dy: Tensor, weight: Tensor, packed: Packed | None = None, onto: Tensor | None = None) -> Tensor:
+def input_gradient(
+    dy: Tensor, weight: Tensor | Coded, packed: Packed | None = None, onto: Tensor | None = None
+) -> Tensor:
     """`dy (n, o)` times `weight (o, i)`, plus `onto (n, i)`, which may be written over. No gradient."""
+    weight = dense(weight, dy.dtype)
     if packed is not None or _by_onednn(dy):
         right = weight.T if packed is None else packed.backward
         if onto is None:
@@ -76,7 +95,7 @@ def input_gradient(dy: Tensor, weight: Tensor, packed: Packed | None = None, ont
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Coded, bias: Tensor | None, packed: Packed | None) -> Tensor:
         ctx.right = weight, packed
         return linear(x, weight, bias, packed)
 
@@ -86,7 +105,7 @@ class _FrozenLinear(torch.autograd.Function):
         return input_gradient(dy, *ctx.right), None, None, None
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed | None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor | Coded, bias: Tensor | None, packed: Packed | None) -> Tensor:
     """`F.linear(x, weight, bias)` for `x (.., i)` and a weight that does not learn."""
     y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, packed)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.kernels.products import Coded
 from lorakit.registry import Registry
 from lorakit.update import Update
 
@@ -36,6 +37,10 @@ class Kind(ABC):
     specific: ClassVar[int] = 0
     fusable: ClassVar[bool] = False  # kernels has a form for it
     is_product: ClassVar[bool] = False  # `y = x W^T + bias` over the last dimension of x
+    library: ClassVar[str] = ""  # whose layers these are, where it is not torch or Transformers
+    family: ClassVar[str] = ""  # what adapters know it as, where that is another kind
+    parameter: ClassVar[str] = "weight"  # what the module calls it
+    rounds: ClassVar[bool] = False  # it keeps its weight in few bits: writing to it rounds
 
     def __reduce__(self) -> tuple[Any, ...]:
         return kind_named, (self.name,)  # pickle and deepcopy give the registered one
@@ -55,6 +60,25 @@ class Kind(ABC):
     @abstractmethod
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         """`W (.., o, i)` as the layer stores it, a view: the inverse of `canonical`."""
+
+    def operand(self, module: nn.Module, weight: Tensor) -> Tensor | Coded:
+        """The stored weight as products take it."""
+        return self.canonical(module, weight)
+
+    def tensors(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
+        """Name -> tensor of everything that the layer keeps of its weight."""
+        weight = module._parameters[parameter]
+        return {} if weight is None else {parameter: weight}
+
+    def numbers(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """A plain tensor by which the weight can be told from others."""
+        return weight
+
+    def write(self, module: nn.Module, parameter: str, weight: Tensor) -> None:
+        """Writes a changed `W (.., o, i)` into the layer, rounded to what it stores."""
+        stored = module._parameters[parameter]
+        assert stored is not None
+        stored.copy_(self.stored(module, weight))
 
     @abstractmethod
     def inner(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
@@ -129,7 +153,8 @@ def kind_named(name: str) -> Kind:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module, or None. A weight that is computed (weight_norm, pruning) is nobody's to change."""
-    if module._parameters.get("weight") is None:
+    parameters = module._parameters
+    if parameters.get("weight") is None and not parameters.keys() & _other_names(len(KINDS)):
         return None
     return next((kind for kind in _by_specificity(len(KINDS)) if kind.matches(module)), None)
 
@@ -137,6 +162,11 @@ def kind_of(module: nn.Module) -> Kind | None:
 @lru_cache(maxsize=1)
 def _by_specificity(n_kinds: int) -> tuple[Kind, ...]:
     return tuple(sorted(KINDS, key=lambda kind: (-kind.specific, not kind.fusable)))  # the commonest first
+
+
+@lru_cache(maxsize=1)
+def _other_names(n_kinds: int) -> frozenset[str]:
+    return frozenset(kind.parameter for kind in KINDS if kind.parameter != "weight")
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UsageError
+from lorakit.trunk import dtype_of, place_of
 
 
 class Aside(nn.Module):
@@ -47,8 +48,7 @@ def give_head(
     with torch.no_grad():
         fresh.weight.zero_()
         fresh.bias.copy_(torch.zeros(n_outputs) if bias is None else bias)
-    parameter = next(model.parameters())
-    fresh.to(parameter.device, parameter.dtype)
+    fresh.to(place_of(model), dtype_of(model))
     model.add_module(name, Aside(fresh) if isinstance(model, nn.Sequential) else fresh)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.data.pixels import Lens
 from lorakit.errors import LorakitError, UsageError, nearest
 from lorakit.tasks.base import Base
-from lorakit.trunk import eval_mode
+from lorakit.trunk import dtype_of, eval_mode, place_of
 
 IMAGE_POOLS = ("own", "cls", "mean")
 _PIXELS_A_TOKEN = 256  # of a network without patches: those of a ViT are 16 x 16
@@ -114,8 +114,7 @@ def pooled(found: Any, pool: str) -> Tensor:
 @torch.no_grad()
 def sight_of(model: nn.Module, shape: tuple[int, int, int], pool: str) -> Sight:
     """Tries a model on one black image. LorakitError if it takes none of this shape."""
-    like = next(model.parameters())
-    pixels = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+    pixels = torch.zeros(1, *shape, device=place_of(model), dtype=dtype_of(model))
     try:
         named = getattr(model, "main_input_name", "") == "pixel_values"
         with eval_mode(model):  # a single image would be no batch for batch norm

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.quant import FORMATS, QuantEmbedding, QuantLinear
+
 
 class Conv1D(nn.Module):
     """Transformers' layer of this name, so that the contract runs without Transformers."""
@@ -77,9 +79,16 @@ class Case(NamedTuple):
     def batch(self, dtype: torch.dtype) -> Tensor:
         """The input, always the same."""
         generator = torch.Generator().manual_seed(11)
-        if self.kind == "embedding":
+        if self.kind.endswith("embedding"):
             return torch.randint(11, self.shape, generator=generator)
         return torch.randn(self.shape, generator=generator).to(dtype)
+
+
+def _quantized(form: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
+    form_of, weight = FORMATS[form], layer.weight.detach()
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding(form_of, form_of.pack(weight), weight.shape[1], weight, layer.padding_idx)
+    return QuantLinear(form_of, form_of.pack(weight), weight.shape[1], weight, layer.bias)
 
 
 def _one(name: str, make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -112,6 +121,23 @@ CASES = (
         "layer",
         _CALLED,
         _one("layer", lambda: nn.Embedding(11, 6, padding_idx=PADDING)),
+        (2, 9),
+    ),
+    Case(
+        "int8",
+        "quantized_linear",
+        "layer",
+        _ALL,
+        _one("layer", lambda: _quantized("int8", nn.Linear(6, 5))),
+        (2, 3, 6),
+    ),
+    Case("nf4", "quantized_linear", _down, _ALL, _one(_down, lambda: _quantized("nf4", nn.Linear(6, 5))), (4, 6)),
+    Case(
+        "int8 embedding",
+        "quantized_embedding",
+        "layer",
+        _CALLED,
+        _one("layer", lambda: _quantized("int8", nn.Embedding(11, 6, padding_idx=PADDING))),
         (2, 9),
     ),
     Case("attention in_proj", "parameter", "attn.in_proj_weight", _READ, Attention, (2, 3, 6)),

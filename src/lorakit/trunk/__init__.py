@@ -3,8 +3,19 @@
 from lorakit.trunk.direct import Direct
 from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.pairs import PairTrunk
-from lorakit.trunk.place import place_of, placed
+from lorakit.trunk.place import dtype_of, place_of, placed
 from lorakit.trunk.segments import Segments
 from lorakit.trunk.trunk import DTYPES, Trunk, resolve_dtype
 
-__all__ = ["DTYPES", "Direct", "PairTrunk", "Segments", "Trunk", "eval_mode", "place_of", "placed", "resolve_dtype"]
+__all__ = [
+    "DTYPES",
+    "Direct",
+    "PairTrunk",
+    "Segments",
+    "Trunk",
+    "dtype_of",
+    "eval_mode",
+    "place_of",
+    "placed",
+    "resolve_dtype",
+]

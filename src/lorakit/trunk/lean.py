@@ -56,7 +56,7 @@ def _forward(module: nn.Module, run: Run, *args: Any, **kwargs: Any) -> Any:
 
 def _products_of(module: nn.Module, packs: bool) -> Run | None:
     kind = kind_of(module)
-    if kind is None or not kind.is_product or not kind.plain(module):
+    if kind is None or not kind.is_product or kind.rounds or not kind.plain(module):
         return None
     packed = pack(kind.canonical(module, module.weight)) if packs else None  # type: ignore[arg-type]
     return partial(_product, module, kind, packed)

@@ -12,6 +12,12 @@ def place_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in: its first parameter or buffer in floats (a quantized weight is kept in whole
+    numbers)."""
+    return next(t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+
+
 @contextmanager
 def placed(model: nn.Module, device: torch.device, *, keep: bool = True) -> Iterator[None]:
     """Within the block, all parameters and buffers of the model are on `device`, the same objects as before.

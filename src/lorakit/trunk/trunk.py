@@ -22,6 +22,7 @@ from lorakit.trunk.lean import Lean
 from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
 from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.packing import CannotPackError, packed
+from lorakit.trunk.place import dtype_of, place_of
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
 from lorakit.trunk.shards import Peers, Shards
@@ -80,7 +81,7 @@ class Trunk:
         self._reads_images = bool(shape) or self._takes_pixel_values
         self._shape = tuple(shape)
         self._width = 0
-        self._pixel_dtype = next(model.parameters()).dtype
+        self._pixel_dtype = dtype_of(model)
         self._blocks: Blocks | None = None
         self._offset = 0
         self._keep = keep
@@ -195,7 +196,7 @@ class Trunk:
             self.groups.refresh()
 
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return place_of(self.model)
 
     def _packed(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         if self._reads_images:

@@ -18,7 +18,18 @@ from pathlib import Path
 
 from lorakit.cache import cache_folder
 
-_SOURCES = ("lanes.h", "threads.h", "strips.h", "segments.c", "labels.c", "rows.c", "thin.c", "maps.c", "pairs.c")
+_SOURCES = (
+    "lanes.h",
+    "threads.h",
+    "strips.h",
+    "segments.c",
+    "labels.c",
+    "rows.c",
+    "thin.c",
+    "maps.c",
+    "pairs.c",
+    "codes.c",
+)
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
 
