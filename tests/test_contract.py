@@ -22,7 +22,7 @@ OF_STARTS = {  # what depends on how factors begin: all else is tried with one s
 
 def _every_check() -> Iterator[object]:
     for method in METHODS.names():
-        starts = STARTS.names() if method == "lora" else ["kaiming"]  # others begin by the same code
+        starts = [start.name for start in STARTS if not start.needs] if method == "lora" else ["kaiming"]
         for start in starts:
             for trial in trials(method, start=start):
                 for check in checks(trial):

@@ -31,6 +31,7 @@ ROOMS = {
     "describe": 5,
     "whole": 5.2,  # reads what describe says
     "rules": 5.5,  # and what learns whole
+    "measure": 5.6,
     "quantize": 5.7,
     "attach": 6,
     "trunk": 6.5,  # runs what attach has put on

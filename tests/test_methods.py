@@ -21,6 +21,9 @@ SPECS = {
 }
 
 
+UNMEASURED = sorted(start.name for start in STARTS if not start.needs)  # the others: test_starts.py
+
+
 def weight_of(spec: LayerSpec) -> Tensor:
     return torch.randn(*spec.batch, *spec.matrix, generator=torch.Generator().manual_seed(5))
 
@@ -34,7 +37,7 @@ def pair(start: str, spec: LayerSpec, scale: float = 1.5, rank: int = R, seed: i
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("start", STARTS.names())
+@pytest.mark.parametrize("start", UNMEASURED)
 def test_a_start_gives_float32_factors_of_the_right_shape_that_repeat_with_the_seed(
     start: str, spec: LayerSpec
 ) -> None:
@@ -50,7 +53,7 @@ def test_a_start_gives_float32_factors_of_the_right_shape_that_repeat_with_the_s
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("start", STARTS.names())
+@pytest.mark.parametrize("start", UNMEASURED)
 def test_a_start_that_says_zero_has_a_product_of_zero(start: str, spec: LayerSpec) -> None:
     a, b = pair(start, spec)
     size = float((b @ a).abs().max())

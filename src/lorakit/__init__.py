@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lorakit.fit import fit as fit
     from lorakit.fit import predict as predict
     from lorakit.inspect import inspect as inspect
+    from lorakit.measure import measure as measure  # type: ignore[no-redef]
     from lorakit.method import Method as Method
     from lorakit.plan import Plan as Plan
     from lorakit.quantize import dequantize as dequantize
@@ -59,6 +60,7 @@ _HOMES = {
     "init": "attach",
     "inspect": "inspect",
     "load": "adapter",
+    "measure": "measure",
     "merge": "attach",
     "plan": "rules",
     "predict": "fit",

@@ -34,10 +34,27 @@ class ReadWeight(Protocol):
     def __call__(self) -> Tensor: ...
 
 
+class Measured(NamedTuple):
+    """What was seen of a layer on data (lorakit.measure): the second moment of its inputs `(i, i)` and their mean
+    `(i,)`, the mean gradient of its weight `(o, i)`; None for what was not asked for."""
+
+    inputs: Tensor | None = None
+    mean: Tensor | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def known(self) -> set[str]:
+        """Names of what is there."""
+        return {name for name in self._fields if getattr(self, name) is not None}
+
+
 class Held(NamedTuple):
-    """A canonical weight that is at hand."""
+    """A canonical weight that is at hand; `original`: what it was before it was quantized; `known`: what was seen of
+    its layer."""
 
     weight: Tensor
+    original: Tensor | None = None
+    known: Measured = Measured()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +133,7 @@ class Method(ABC):
         return method_named, (self.name,)  # pickle and deepcopy give the registered one
 
     @abstractmethod
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         """Fresh factors in float32: an update that changes nothing."""
 
     def common(self, specs: Sequence[LayerSpec], rank: int, generator: torch.Generator) -> Factors:
@@ -200,20 +217,31 @@ class Pair(NamedTuple):
 
 class Start(ABC):
     """How a low-rank pair begins. Class attributes: `name`, `use`, `source`, `zero` (the product `b @ a` is 0), `free`
-    (with any `a` it is)."""
+    (with any `a` it is), `corrects` (the product is meant to act from the beginning, and is not subtracted), `needs`
+    (of `Held`: "original", and of `known` "inputs", "gradient")."""
 
     name: ClassVar[str]
     use: ClassVar[str]
     source: ClassVar[str]
     zero: ClassVar[bool] = True
     free: ClassVar[bool] = False
+    corrects: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         """`a (.., r, i)` and `b (.., o, r)` in float32, on the CPU."""
+
+    def ranks(self, layers: Mapping[str, tuple[LayerSpec, int, Measured]]) -> dict[str, int]:
+        """The ranks that this start gives to layers, of those that were planned, by what was measured."""
+        return {path: rank for path, (_, rank, _) in layers.items()}
 
     def faults(self, spec: LayerSpec, rank: int) -> list[str]:
         """Why this start cannot be used here; empty if it can."""
+        if self.needs and (spec.kind not in ("linear", "hf_conv1d", "conv2d") or not spec.called or spec.groups > 1):
+            return [
+                f"start '{self.name}' looks at what layers see, which cannot be told of '{spec.path}' ({spec.kind})"
+            ]
         return []
 
 

@@ -27,7 +27,7 @@ from lorakit.attach.slots import (
 )
 from lorakit.describe import locate, owner_of, walk
 from lorakit.errors import AttachError, UsageError, nearest
-from lorakit.method import METHODS
+from lorakit.method import METHODS, Measured
 from lorakit.plan import Plan
 from lorakit.whole import resolve_trained
 
@@ -54,13 +54,15 @@ def attach(
     trainable: bool | None = None,
     drive: str | None = None,
     check_base: bool = True,
+    measured: Mapping[str, Measured] | None = None,
 ) -> tuple[str, ...]:
     """Attaches an adapter to a model in place and makes it the active one; returns the adapted layer paths.
 
     A Plan brings fresh factors (from `seed`) that learn; an Adapter brings its own, which do not, unless `trainable`.
     Training freezes every base parameter; detaching the last adapter puts their `requires_grad` back. `name` tells
     several adapters apart (`activate` lets more than one act). `drive` overrides the choice of drive, for tests.
-    `check_base=False` allows an adapter that was made on other base weights.
+    `check_base=False` allows an adapter that was made on other base weights. `measured` is what `lorakit.measure`
+    gives, for a plan whose starts look at data.
 
     Raises PlanError or AdapterError with every fault, before anything is changed.
 
@@ -81,7 +83,7 @@ def attach(
     if isinstance(what, Plan) and not what.layers and not what.trained:
         raise UsageError("the plan is empty: no layer to adapt and nothing to train; see lorakit.plan")
     found = {path: locate(model, path) for path in what.layers}
-    adapter = fresh(model, what, found, seed) if isinstance(what, Plan) else what
+    adapter = fresh(model, what, found, seed, measured or {}) if isinstance(what, Plan) else what
     learn = isinstance(what, Plan) if trainable is None else trainable
     modules = list(walk(model))
     own = isinstance(what, Plan)  # fresh factors fit by construction, and nobody else holds them

@@ -11,23 +11,31 @@ from lorakit._version import __version__
 from lorakit.adapter import Adapter, fingerprint
 from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
-from lorakit.method import METHODS, Factors, Held, check_plan, settled, sharing
+from lorakit.measure import refuse_unmeasured
+from lorakit.method import METHODS, Factors, Held, Measured, check_plan, settled, sharing
 from lorakit.plan import LayerPlan, Plan
 from lorakit.quantize import quantized_as
 from lorakit.update import AdaptedLayer, LayerSpec
 from lorakit.whole import resolve_trained
 
 
-def init(model: nn.Module, plan: Plan, *, seed: int = 0) -> Adapter:
+def init(model: nn.Module, plan: Plan, *, seed: int = 0, measured: Mapping[str, Measured] | None = None) -> Adapter:
     """An adapter with the plan's fresh factors, float32, on the devices of the weights.
 
     Every layer draws from a generator of its own (seed and path), always on the CPU: the factors of a layer do not
-    depend on the other layers, nor on the device. Raises PlanError that lists every fault.
+    depend on the other layers, nor on the device. `measured` is what `lorakit.measure` gives, for starts that look at
+    data. Raises PlanError that lists every fault.
     """
-    return fresh(model, plan, {path: locate(model, path) for path in plan.layers}, seed)
+    return fresh(model, plan, {path: locate(model, path) for path in plan.layers}, seed, measured or {})
 
 
-def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed: int) -> Adapter:
+def fresh(
+    model: nn.Module,
+    plan: Plan,
+    found: Mapping[str, Found | None],
+    seed: int,
+    measured: Mapping[str, Measured],
+) -> Adapter:
     """`init` where the layers have been located already."""
     missing = [path for path, place in found.items() if place is None]
     faults = [f"the model has no layer '{path}'{nearest(path, (name for name, _ in walk(model)))}" for path in missing]
@@ -35,6 +43,7 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     faults += check_plan({path: place.spec for path, place in places.items()}, plan.layers)
     if faults:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: {listed(faults)}")
+    refuse_unmeasured(plan, measured)
     entries = {path: settled(plan.layers[path]) for path in places}
     common = _common(places, entries, seed)
     layers: dict[str, AdaptedLayer] = {}
@@ -42,7 +51,8 @@ def fresh(model: nn.Module, plan: Plan, found: Mapping[str, Found | None], seed:
     for path, place in places.items():
         entry = entries[path]
         shared = common[entry.method, entry.rank, place.weight.device]
-        layers[path] = _layer(place, entry, shared, _seeded(draw, seed, path))
+        known = measured.get(path, Measured())
+        layers[path] = _layer(place, entry, shared, known, _seeded(draw, seed, path))
     layers = _shared(layers, entries, {path: place.spec for path, place in places.items()})
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
@@ -71,10 +81,13 @@ def _common(places: Mapping[str, Found], entries: Mapping[str, LayerPlan], seed:
     return found
 
 
-def _layer(place: Found, entry: LayerPlan, common: Factors, generator: torch.Generator) -> AdaptedLayer:
+def _layer(
+    place: Found, entry: LayerPlan, common: Factors, known: Measured, generator: torch.Generator
+) -> AdaptedLayer:
     method, spec = METHODS[entry.method], place.spec
     weight = place.weight
-    base = Held(place.kind.canonical(place.module, weight.detach()))
+    original = place.kind.original(place.module)
+    base = Held(place.kind.canonical(place.module, weight.detach()), original, known)
     factors = method.init(spec, entry, base, generator)
     if weight.device.type != "cpu":
         factors = {name: factor.to(weight.device) for name, factor in factors.items()}

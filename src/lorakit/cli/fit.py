@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.run import fit
     from lorakit.fit.settings import GO_ON, make_settings
     from lorakit.fit.workers import Workers
+    from lorakit.method import STARTS
     from lorakit.plan import Plan
     from lorakit.quantize import quantize
     from lorakit.tasks.task import TASKS
@@ -144,9 +145,12 @@ def run(args: argparse.Namespace) -> Reply:
     with skipping(settings.get("skip_bad", 0)):
         data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
         data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
+        given = Plan.load(args.plan) if args.plan else None
         if args.quantize:
-            say(f"base in {args.quantize}: {quantize(base.model, args.quantize)}")
-        plan = Plan.load(args.plan) if args.plan else task.plan(base.model, **rules)
+            starts = {layer.start for layer in given.layers.values()} if given else {rules.get("start") or ""}
+            keep = any("original" in STARTS[start].needs for start in starts if start)
+            say(f"base in {args.quantize}: {quantize(base.model, args.quantize, keep=keep)}")
+        plan = given or task.plan(base.model, **rules)
         watch = _Watch(task)
         try:
             result = fit(

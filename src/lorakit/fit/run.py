@@ -4,8 +4,8 @@ The order of things is here; the run directory is in directory.py, a step in lea
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from torch import nn
 
 from lorakit._version import __version__
 from lorakit.adapter import Adapter
-from lorakit.attach import attach, attached, base_fingerprint, collect, detach
+from lorakit.attach import attached, base_fingerprint, collect
 from lorakit.attach.slots import find_home
 from lorakit.data import Splits, load_splits
 from lorakit.data.batches import Examples
 from lorakit.data.faults import counted, gathered, made, skipping, usable
 from lorakit.device import name_of, resolve_device
 from lorakit.errors import UsageError
+from lorakit.fit.begin import Beginning
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
 from lorakit.fit.directory import Journal, alone_in, claim, clear, finish
@@ -120,18 +121,20 @@ def fit(
         "base_parameters": sum(p.numel() for p in net.parameters()),
         "base_bytes": sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())),
     }
+    beginning = Beginning(net, goal, parts["train"], chosen, workers, place, resume)
     with (
         placed(net, where, keep=keep),
         eval_mode(net),
         workers,
         alone_in(writes, resume, overwrite),
-        _adapted(net, goal, plan, chosen.seed) as entries,
+        beginning.adapted(plan) as entries,
     ):
         identity = {
             "settings": chosen.values(),
             "plan": entries.toml(),
             "base": base_fingerprint(net, entries.layers),
             "base_name": base.name,
+            "layout": "by name",  # of what learns, in the checkpoint
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
         }
@@ -196,6 +199,7 @@ def fit(
         }
         if writes is not None:
             finish(writes, goal, adapter, entries, journal.records, summary)
+            beginning.done()
     return Result(adapter, before, metrics, journal.records, summary, place)
 
 
@@ -233,23 +237,3 @@ def _ready(
     parts = {"train": data.train, "valid": data.valid, "test": data.test}
     make = partial(tokenised, goal, tokenizer=base.tokenizer, truncate=settings.truncate)
     return goal, dict(zip(parts, list(made(parts.values(), make))))
-
-
-@contextmanager
-def _adapted(net: nn.Module, goal: Task, plan: Plan | None, seed: int) -> Iterator[Plan]:
-    """Within the block the model has the task's head and fresh factors by the plan, which is given, head included."""
-    head = goal.head
-    had_head = hasattr(net, head)
-    goal.prepare(net)
-    try:
-        entries = plan or goal.plan(net, trained=(head,) if head else ())
-        if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
-            entries = Plan(entries.layers, (*entries.trained, head), entries.note)
-        attach(net, entries, seed=seed)
-        try:
-            yield entries
-        finally:
-            detach(net)
-    finally:
-        if head and not had_head and head in net._modules:
-            del net._modules[head]

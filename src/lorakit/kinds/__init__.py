@@ -70,6 +70,10 @@ class Kind(ABC):
         weight = module._parameters[parameter]
         return {} if weight is None else {parameter: weight}
 
+    def original(self, module: nn.Module) -> Tensor | None:
+        """`W (o, i)` before it was quantized, where that is kept."""
+        return None
+
     def numbers(self, module: nn.Module, weight: Tensor) -> Tensor:
         """A plain tensor by which the weight can be told from others."""
         return weight
@@ -92,6 +96,10 @@ class Kind(ABC):
     def pair(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The layer with weight `b @ a` and no bias, applied to `x`, without forming the product."""
         return self.outer(module, self.inner(module, x, a), b, getattr(module, "groups", 1))
+
+    def rows(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What every output is made of, `(n, i)`; None where it cannot be told."""
+        return x.reshape(-1, x.shape[-1]) if self.is_product else None
 
     @abstractmethod
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

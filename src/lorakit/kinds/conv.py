@@ -81,6 +81,13 @@ class Conv2d(_Conv):
     module = nn.Conv2d
     n_dims = 2
 
+    def rows(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        assert isinstance(module, nn.Conv2d)
+        if module.groups > 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return None
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.transpose(-2, -1).flatten(0, -2)
+
 
 @KINDS.add
 class Conv3d(_Conv):

@@ -47,6 +47,9 @@ class QuantizedLinear(Kind):
     def stored(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight
 
+    def original(self, module: nn.Module) -> Tensor | None:
+        return _held(module).original
+
     def tensors(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
         return {"weight": _held(module).codes, "scales": _held(module).scales}
 

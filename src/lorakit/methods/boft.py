@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.methods.oft import cayley, turned
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -53,7 +53,7 @@ class Boft(Method):
             return [f"boft divides the {i} inputs of '{spec.path}' into rank {plan.rank} blocks of 2 or more each"]
         return found
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         return {"turns": torch.zeros(shapes["turns"]), "gain": torch.ones(shapes["gain"])}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -39,7 +39,7 @@ class Bone(Method):
             return [f"bone divides '{spec.path}' ({o} x {i}) into squares, and rank {plan.rank} does not divide both"]
         return found
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return {"block": torch.zeros(self.shapes(spec, plan.rank)["block"])}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, Factors, Method, ReadWeight, kaiming_uniform, not_called
+from lorakit.method import METHODS, Factors, Held, Method, ReadWeight, kaiming_uniform, not_called
 from lorakit.plan import LayerPlan
 from lorakit.update import LayerSpec, Update
 
@@ -42,7 +42,7 @@ class Bottleneck(Method):
             return [f"method '{self.name}' has no form for the {spec.groups} groups of '{spec.path}'"]
         return super().faults(spec, plan)
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         return {"a": kaiming_uniform(shapes["a"], generator), "b": torch.zeros(shapes["b"])}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -38,7 +38,7 @@ class Delora(Method):
         (o, i), lead = spec.matrix, spec.batch
         return {"a": (*lead, rank, i), "b": (*lead, o, rank), "lambda": (*lead, 1), "norm": (*lead, i)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         return {
             "a": kaiming_uniform(shapes["a"], generator),

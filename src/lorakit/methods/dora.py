@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.linalg import row_norms
-from lorakit.method import METHODS, Factors, Method, ReadWeight
+from lorakit.method import METHODS, STARTS, Factors, Held, Method, ReadWeight
 from lorakit.methods.lora import Lora, fresh_pair, whole_pair
 from lorakit.peft_layout import pair_from_peft, pair_to_peft, vector_to_peft
 from lorakit.plan import LayerPlan
@@ -41,9 +41,12 @@ class Dora(Method):
         o, i = spec.matrix
         return {"a0": (*spec.batch, rank, i), "b0": (*spec.batch, o, rank), "bias": (*spec.batch, o)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
+        pair = fresh_pair(spec, plan, weight, generator)
         length = torch.linalg.vector_norm(weight().float(), dim=-1).cpu()
-        return {**fresh_pair(spec, plan, weight, generator), "magnitude": length}
+        if STARTS[plan.start].corrects:
+            length = row_norms(weight().float().cpu(), pair["b"], pair["a"], plan.scale_value)
+        return {**pair, "magnitude": length}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:
         a, b = whole_pair(factors)

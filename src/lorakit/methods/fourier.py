@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.peft_layout import pattern
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -42,7 +42,7 @@ class Fourier(Method):
         o, i = spec.matrix
         return {"spectrum": (*spec.batch, min(layer.factors["spectrum"].shape[-1], o * i)), "seed": ()}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return {"spectrum": torch.zeros(self.shapes(spec, plan.rank)["spectrum"]), "seed": torch.tensor(_SEED)}
 
     def derived(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, STARTS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, STARTS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.peft_layout import kind_of_pair, pair_from_peft, pair_to_peft, stored_shape
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -42,7 +42,7 @@ class Hira(Method):
             return [f"'{spec.path}': hira multiplies W, so its pair must begin at zero; take start 'kaiming'"]
         return super().faults(spec, plan)
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         pair = STARTS[plan.start].pair(spec, plan.rank, plan.scale_value, weight, generator)
         return {"a": pair.a, "b": pair.b}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, Factors, Method, ReadWeight
+from lorakit.method import METHODS, Factors, Held, Method, ReadWeight
 from lorakit.peft_layout import vector_to_peft
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -45,7 +45,7 @@ class Ia3(Method):
             return [f"ia3 on the inputs of '{spec.path}' (kind {spec.kind}) is not defined; leave it out of the plan"]
         return []
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return {name: torch.ones(shape) for name, shape in self.shapes(spec, 0).items()}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:

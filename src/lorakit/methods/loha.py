@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -44,7 +44,7 @@ class Loha(Method):
         core = (r, r, *spec.shape[2:], *[1] * (4 - len(spec.shape)))  # of a Conv1d it has a last side of 1
         return {"a1": (r, i), "b1": (o, r), "t1": core, "a2": (r, i), "b2": (o, r), "t2": core}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         drawn = {name: kaiming_uniform(shapes[name], generator) for name in ("a1", "b1", "a2")}
         return {**drawn, "b2": torch.zeros(shapes["b2"])}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told, kaiming_uniform
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told, kaiming_uniform
 from lorakit.methods.loha import rebuilt, turned
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
@@ -60,7 +60,7 @@ class Lokr(Method):
             return []  # w2 is whole from a certain rank on, which no rank exceeds
         return super().faults(spec, plan)
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         drawn = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(spec, plan.rank).items()}
         return {**drawn, "w1": torch.zeros_like(drawn["w1"])}
 

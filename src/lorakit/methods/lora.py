@@ -10,18 +10,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, STARTS, Factors, Method, ReadWeight
+from lorakit.method import METHODS, STARTS, Factors, Held, Method, ReadWeight
 from lorakit.peft_layout import pair_from_peft, pair_to_peft
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
 
-def fresh_pair(spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+def fresh_pair(spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
     """`a`, `b`, and for a start that is not zero its frozen copy `a0`, `b0`."""
     start = STARTS[plan.start]
     pair = start.pair(spec, plan.rank, plan.scale_value, weight, generator)
     factors = {"a": pair.a, "b": pair.b}
-    return factors if start.zero else {**factors, "a0": pair.a.clone(), "b0": pair.b.clone()}
+    return factors if start.zero or start.corrects else {**factors, "a0": pair.a.clone(), "b0": pair.b.clone()}
 
 
 def whole_pair(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class Lora(Method):
         o, i = spec.matrix
         return {"a0": (*spec.batch, rank, i), "b0": (*spec.batch, o, rank), "bias": (*spec.batch, o)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return fresh_pair(spec, plan, weight, generator)
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -38,7 +38,7 @@ class Miss(Method):
         (o, _), columns = spec.matrix, layer.factors["block"].shape[-1]
         return {"block": (*spec.batch, layer.rank, columns if columns and o % columns == 0 else o)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return {"block": torch.zeros(self.shapes(spec, plan.rank)["block"])}
 
     def derived(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:

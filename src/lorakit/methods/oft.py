@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -58,7 +58,7 @@ class Oft(Method):
             return [f"oft divides the {side} channels of '{spec.path}' into rank {plan.rank} blocks of 2 or more each"]
         return found
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         return {name: torch.zeros(shape) for name, shape in self.shapes(spec, plan.rank).items()}
 
     def update(self, factors: Mapping[str, Tensor], scale: float, weight: ReadWeight) -> Update:

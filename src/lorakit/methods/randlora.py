@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -51,7 +51,7 @@ class Randlora(Method):
         b = tuple(max(x, y) for x, y in zip(wanted["b"][:2], found["b"].shape[:2]))
         return {**wanted, "a": a, "b": (*b, layer.rank)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         gamma = torch.full(shapes["gamma"], 1 / max(shapes["gamma"][-2:]))
         return {"lambda": torch.zeros(shapes["lambda"]), "gamma": gamma}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.method import METHODS, Factors, Method, ReadWeight
+from lorakit.method import METHODS, Factors, Held, Method, ReadWeight
 from lorakit.plan import LayerPlan
 from lorakit.update import LayerSpec, Update
 
@@ -39,7 +39,7 @@ class Ssf(Method):
             return [f"'{spec.path}' has no bias that could take the shift of ssf; use ia3 there"]
         return []
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, 0)
         return {"gain": torch.ones(shapes["gain"]), "shift": torch.zeros(shapes["shift"])}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterError
-from lorakit.method import METHODS, Factors, Method, PeftForm, ReadWeight, Told
+from lorakit.method import METHODS, Factors, Held, Method, PeftForm, ReadWeight, Told
 from lorakit.plan import LayerPlan
 from lorakit.update import AdaptedLayer, LayerSpec, Update
 
@@ -43,7 +43,7 @@ class Vera(Method):
         width, height = layer.factors["a"].shape[-1], layer.factors["b"].shape[0]
         return {**wanted, "a": (r, max(i, width)), "b": (max(o, height), r)}
 
-    def init(self, spec: LayerSpec, plan: LayerPlan, weight: ReadWeight, generator: torch.Generator) -> Factors:
+    def init(self, spec: LayerSpec, plan: LayerPlan, weight: Held, generator: torch.Generator) -> Factors:
         shapes = self.shapes(spec, plan.rank)
         return {"lambda_d": torch.full(shapes["lambda_d"], _FIRST), "lambda_b": torch.zeros(shapes["lambda_b"])}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Held, Pair, Start
 from lorakit.update import LayerSpec
 
 
@@ -15,7 +15,7 @@ class Gaussian(Start):
     source = "Hu et al., 2021, arXiv 2106.09685"
     free = True
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         o, i = spec.matrix
         a = torch.randn(*spec.batch, rank, i, generator=generator) / rank
         return Pair(a, torch.zeros(*spec.batch, o, rank))

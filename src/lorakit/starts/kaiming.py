@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakit.method import STARTS, Pair, ReadWeight, Start, kaiming_uniform
+from lorakit.method import STARTS, Held, Pair, Start, kaiming_uniform
 from lorakit.update import LayerSpec
 
 
@@ -15,6 +15,6 @@ class Kaiming(Start):
     source = "He et al., 2015; microsoft/LoRA"
     free = True
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         o, i = spec.matrix
         return Pair(kaiming_uniform((*spec.batch, rank, i), generator), torch.zeros(*spec.batch, o, rank))

@@ -7,7 +7,7 @@ subtracted, as with pissa.
 import torch
 
 from lorakit.linalg import Svd
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Held, Pair, Start
 from lorakit.starts.pissa import svd_of
 from lorakit.update import LayerSpec
 
@@ -21,7 +21,7 @@ class Milora(Start):
     source = "Wang et al., 2024, arXiv 2406.09044"
     zero = False
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         u, s, v = svd_of(weight, scale, spec.path, self.name)
         b, a = Svd(u[..., -rank:], s[..., -rank:], v[..., -rank:]).balanced()
         return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())

@@ -6,7 +6,7 @@ the base weight is never rewritten (PEFT rewrites it).
 
 import torch
 
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Held, Pair, Start
 from lorakit.update import LayerSpec
 
 
@@ -19,6 +19,6 @@ class Olora(Start):
     source = "Buyukakyuz, 2024, arXiv 2406.01775"
     zero = False
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         q, r = torch.linalg.qr(weight().detach().float().cpu())
         return Pair(r[..., :rank, :].contiguous(), q[..., :rank].contiguous())

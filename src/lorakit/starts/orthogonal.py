@@ -6,7 +6,7 @@ both learn from the first step (datta0.github.io, "Rethinking LoRA initialisatio
 
 import torch
 
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Held, Pair, Start
 from lorakit.update import LayerSpec
 
 _SPREAD = 0.1  # standard deviation of the random mixtures, as in the source
@@ -25,7 +25,7 @@ class Orthogonal(Start):
             return [f"start 'orthogonal' needs an even rank, and '{spec.path}' has {rank}; use {rank + 1}"]
         return []
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         o, i = spec.matrix
         half = rank // 2
         q, _ = torch.linalg.qr(torch.randn(*spec.batch, rank, rank, generator=generator, dtype=torch.float64))

@@ -8,7 +8,7 @@ import torch
 
 from lorakit.errors import PlanError
 from lorakit.linalg import Svd
-from lorakit.method import STARTS, Pair, ReadWeight, Start
+from lorakit.method import STARTS, Held, Pair, ReadWeight, Start
 from lorakit.update import LayerSpec
 
 
@@ -21,7 +21,7 @@ class Pissa(Start):
     source = "Meng et al., 2024, arXiv 2404.02948"
     zero = False
 
-    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: ReadWeight, generator: torch.Generator) -> Pair:
+    def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         b, a = svd_of(weight, scale, spec.path, self.name).truncated(rank).balanced()
         return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())
 
