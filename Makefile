@@ -8,11 +8,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEAN := .venv-lean
+APART := .venv-apart
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CORES := -n auto --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check-fast format lint types unit lean bench clean
+.PHONY: quickstart test check-fast format lint types unit foreign lean bench clean
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit('lorakit needs Python 3.11 or newer') if sys.version_info < (3, 11) else None"
@@ -37,7 +38,7 @@ quickstart: $(VENV)/.user
 	$(BIN)/lorakit fit minilm demo:support --out runs/demo --overwrite
 	$(BIN)/lorakit predict runs/demo --say "Where is my parcel? It should have come on Monday." --say "I was charged twice for one order."
 
-test: lint types unit lean
+test: lint types unit foreign lean
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks examples docs
@@ -48,6 +49,14 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python -m pytest $(CORES)
+
+# Transformers imports torchao wherever it is, which takes seconds and prints: its layers are tested apart
+$(APART)/.there: $(VENV)/.dev
+	$(BIN)/python $(PIP) --no-deps --target $(APART) torchao
+	touch $@
+
+foreign: $(APART)/.there
+	$(OFFLINE) PYTHONPATH=$(APART) $(BIN)/python -m pytest tests/test_foreign_quantized.py -k torchao
 
 # the wheel, installed with hard dependencies only, used from the command line
 lean: $(VENV)/.dev
@@ -70,4 +79,4 @@ bench: $(VENV)/.dev
 	for script in benchmarks/[a-z]*.py; do $(OFFLINE) $(BIN)/python $$script --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(LEAN) dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LEAN) $(APART) dist runs .mypy_cache .ruff_cache .pytest_cache
