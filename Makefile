@@ -50,13 +50,14 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python -m pytest $(CORES)
 
-# Transformers imports torchao wherever it is, which takes seconds and prints: its layers are tested apart
+# PEFT and Transformers import these libraries wherever they are, which takes seconds and prints: their layers are tested
+# apart (the extra "foreign", without what is there already)
 $(APART)/.there: $(VENV)/.dev
-	$(BIN)/python $(PIP) --no-deps --target $(APART) torchao
+	$(BIN)/python $(PIP) --no-deps --target $(APART) torchao bitsandbytes optimum-quanto hqq ninja termcolor
 	touch $@
 
 foreign: $(APART)/.there
-	$(OFFLINE) PYTHONPATH=$(APART) $(BIN)/python -m pytest tests/test_foreign_quantized.py -k torchao
+	$(OFFLINE) PYTHONPATH=$(APART) $(BIN)/python -m pytest tests/test_foreign_quantized.py
 
 # the wheel, installed with hard dependencies only, used from the command line
 lean: $(VENV)/.dev

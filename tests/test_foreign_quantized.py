@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,14 @@ from lorakit.errors import UsageError
 from lorakit.testing import perturb
 from lorakit.trunk import Segments, Trunk
 
+APART = "PEFT and Transformers import it wherever it is, so it is installed apart; make test runs these by themselves"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; the extra dev brings it")
-    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed; the extra dev brings it")
-    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed; the extra dev brings it")
+    bnb = pytest.importorskip("bitsandbytes", reason=APART)
+    ao = pytest.importorskip("torchao.quantization", reason=APART)
+    quanto = pytest.importorskip("optimum.quanto", reason=APART)
+    hqq = pytest.importorskip("hqq.core.quantize", reason=APART)
 
-if find_spec("torchao"):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchao.quantization as ao
-torchao = pytest.mark.skipif(
-    not find_spec("torchao"), reason="torchao stands apart, since Transformers imports it; make test runs these alone"
-)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # theirs are many
 O, I = 96, 128  # noqa: E741
 
@@ -99,8 +93,6 @@ X = torch.randn(5, I, generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(params=LAYERS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    if request.param.startswith("torchao") and not find_spec("torchao"):
-        pytest.skip("torchao stands apart, since Transformers imports it; make test runs these alone")
     return nn.Sequential(nn.Linear(I, I), LAYERS[request.param](), nn.ReLU(), nn.Linear(O, 3)).train()
 
 
@@ -195,7 +187,6 @@ def weight_of_first(model: nn.Module) -> Tensor:
     return found.kind.canonical(found.module, found.weight)
 
 
-@torchao
 def test_what_gives_no_gradient_is_refused() -> None:
     model = nn.Sequential(by_torchao(ao.Int8DynamicActivationInt8WeightConfig()))
     with pytest.raises(UsageError, match="quantizes its inputs too, through which no gradient comes"):
@@ -227,11 +218,11 @@ def configs() -> dict[str, Any]:
         "bnb nf4": tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "bnb int8": tf.BitsAndBytesConfig(load_in_8bit=True),
         "quanto": tf.QuantoConfig(weights="int8"),
-        **({"torchao": tf.TorchAoConfig(ao.Int8WeightOnlyConfig())} if find_spec("torchao") else {}),
+        "torchao": tf.TorchAoConfig(ao.Int8WeightOnlyConfig()),
     }
 
 
-@pytest.mark.parametrize("name", ["bnb nf4", "bnb int8", pytest.param("torchao", marks=torchao), "quanto"])
+@pytest.mark.parametrize("name", ["bnb nf4", "bnb int8", "torchao", "quanto"])
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     import transformers as tf
 

@@ -18,6 +18,7 @@ ROOMS = {
     "linalg": 1,
     "device": 1,
     "kernels": 1.5,  # tensors in, tensors out
+    "course": 2,
     "update": 2,
     "files": 2,
     "plan": 2,
@@ -49,7 +50,7 @@ ROOMS = {
     "": 11,  # lorakit itself
     "testing": 12,
 }
-VALUES = {"update", "files", "plan", "method", "adapter"}  # one room of several files
+VALUES = {"course", "update", "files", "plan", "method", "adapter"}  # one room of several files
 LONGEST = 400
 
 

@@ -17,6 +17,7 @@ from peft_cases import base, close, output, read_by_peft, stir, tensors_of, writ
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys"),  # as peft says of its own
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers"),
     pytest.mark.filterwarnings("ignore:Specified to not save"),
     pytest.mark.filterwarnings("ignore:.*CUDA extension"),  # without it peft's BOFT has one factor
@@ -90,6 +91,9 @@ FROM_PEFT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "boft convolution": ("cnn", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 1, "target_modules": ["point"]}),
     "norms": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
     "norms with biases": ("bert", "LNTuningConfig", {"target_modules": ["LayerNorm"]}),
+    "adalora": ("llama", "AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": LLAMA}),
+    "adalora gpt2": ("gpt2", "AdaLoraConfig", {"init_r": 4, "total_step": 9, "target_modules": ["c_attn", "c_fc"]}),
+    "adalora convolution": ("cnn", "AdaLoraConfig", {"init_r": 3, "total_step": 9, "target_modules": ["flat", "head"]}),
     "biases": ("bert", "VeraConfig", {"r": 2, "target_modules": ["query", "value"], "bias": "vera_only"}),
 }
 
@@ -140,6 +144,9 @@ TO_PEFT: dict[str, tuple[str, Callable[[Any], lk.Plan]]] = {
     "boft convolution": ("cnn", lambda model: lk.plan(model, 1, ["point", "head"], method="boft")),
     "norms": ("llama", lambda model: lk.plan(model, layers="none", trained=["norms"])),
     "norms with biases": ("bert", lambda model: lk.plan(model, layers="none", trained=["norms"])),
+    "adalora": ("llama", lambda model: lk.plan(model, 3, method="adalora")),
+    "adalora gpt2": ("gpt2", lambda model: lk.plan(model, 3, method="adalora")),
+    "adalora convolution": ("cnn", lambda model: lk.plan(model, 2, ["flat", "head"], method="adalora")),
     "lora-fa": ("llama", lambda model: lk.plan(model, 3, method="lora-fa")),
 }
 

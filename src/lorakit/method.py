@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.course import Course
 from lorakit.errors import PlanError, nearest
 from lorakit.peft_layout import alpha_of, pattern
 from lorakit.plan import LayerPlan, Plan, resolve_scale
@@ -180,6 +181,14 @@ class Method(ABC):
     def size(self, spec: LayerSpec, rank: int) -> int:
         """Trainable numbers on this layer."""
         return sum(prod(shape) for name, shape in self.shapes(spec, rank).items() if name not in self.frozen)
+
+    def course(self, layers: Mapping[str, Mapping[str, Tensor]], n_steps: int) -> Course | None:
+        """What the method does between the steps of a fit with the learning factors of its layers."""
+        return None
+
+    def finished(self, layer: AdaptedLayer) -> AdaptedLayer:
+        """What a fit leaves of a layer."""
+        return layer
 
     def to_peft(self, layer: AdaptedLayer) -> dict[str, Tensor] | None:
         """Tensors under PEFT's leaf names; None where PEFT cannot say this."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.attach import recorded, refuse_unseen
+from lorakit.course import Course
 from lorakit.data.batches import Batch, Batches, Examples, passes, training_batches
 from lorakit.errors import FitError, NoEffectError, NotFiniteError
 from lorakit.fit.settings import Settings
@@ -53,6 +54,7 @@ class Learner:
             fused=True,
         )
         self.ema = self.flat.values.clone() if settings.ema else None
+        self.courses: dict[str, Course] = {}  # of methods: see `fit/courses.py`
         self.prefixes: dict[int, Prefix] = {}  # by the id of their Examples
         self.bound: Bound | None = None  # of the process's memory, between passes
         trunk.refresh()
@@ -126,15 +128,20 @@ class Learner:
         mine = float(loss.detach()) if self.workers.first else 0.0
         return mine, torch.split(gradient[before : before + sum(sizes)], sizes)
 
-    def step(self, examples: Examples, indices: Sequence[int], rate: float) -> Step:
-        """One step on the texts at these places. NotFiniteError, before anything is changed, if the loss is not."""
+    def step(self, examples: Examples, indices: Sequence[int], rate: float, number: int = 1) -> Step:
+        """Step `number`, on the texts at these places. NotFiniteError, before anything is changed, if the loss is
+        not."""
         total, n_tokens = self.gradients(examples, indices)
+        for course in self.courses.values():
+            course.before(number)
         norm = float(self.flat.clip(self.settings.clip))
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient's norm is {norm} {self._where(examples, indices)}")
         for group, faster in zip(self.optimizer.param_groups, self.faster):
             group["lr"] = rate * faster
         self.optimizer.step()
+        for course in self.courses.values():
+            course.after(number)
         self.trunk.refresh()
         if self.ema is not None:
             self.ema.lerp_(self.flat.values, 1 - self.settings.ema)
@@ -254,6 +261,8 @@ class Learner:
             tensors["ema"] = self.ema
         for k, flat in enumerate(self.flat.parameters):
             tensors |= {f"{key}:{k}": value for key, value in self.optimizer.state[flat].items()}
+        for method, course in self.courses.items():
+            tensors |= {f"{method}/{name}": value for name, value in course.memory().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -268,6 +277,9 @@ class Learner:
                 if number == str(k):
                     memory[name] = value.to(flat.device, copy=True)
             self.optimizer.state[flat] = memory
+        for method, course in self.courses.items():
+            own = {name: x for name, x in tensors.items() if name.startswith(f"{method}/")}
+            course.restore({name.removeprefix(f"{method}/"): x for name, x in own.items()})
 
     def close(self) -> None:
         """Gives the parameters their own memory again, and forgets the frozen states."""

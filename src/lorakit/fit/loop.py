@@ -77,7 +77,7 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
             began = time.perf_counter()
             rate = learning_rate(settings, state.step, total)
             try:
-                done = learner.step(examples, indices, rate)
+                done = learner.step(examples, indices, rate, state.step + 1)
             except NotFiniteError as error:
                 way = f"lower the learning rate (now {settings.rate:g}) or look for broken rows there"
                 if broken := learner.broken():
@@ -92,7 +92,9 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
             yield Record("step", state.step, state.epoch, values)
         metrics = learner.evaluate(valid)
         state.epoch += 1
-        if learner.task.better(metrics, state.best):
+        if not all(course.is_done(state.step) for course in learner.courses.values()):
+            pass  # what is learned has not its final form yet
+        elif learner.task.better(metrics, state.best):
             state.best, state.best_epoch, state.stale, state.best_values = metrics, state.epoch, 0, learner.best()
         else:
             state.stale += 1

@@ -25,6 +25,7 @@ from lorakit.errors import UsageError
 from lorakit.fit.begin import Beginning
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
+from lorakit.fit.courses import courses_of, finished
 from lorakit.fit.directory import Journal, alone_in, claim, clear, finish
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, total_steps, train
@@ -157,6 +158,7 @@ def fit(
             memory = budget.begin(learner)
             before = learner.evaluate(parts["test"])
             n_steps = total_steps(len(parts["train"]), chosen)
+            learner.courses = courses_of(net, n_steps)
             with Journal(learner, place, resume, identity, settled) as journal:
                 state = journal.state
                 if watch is not None:
@@ -173,7 +175,9 @@ def fit(
             metrics = learner.evaluate(parts["test"])
             memory["peak_bytes"] = peak_resident(where)
         tried = goal.tried(base, data.test.core) if workers.first else {}
-        adapter = collect(net).with_meta(base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__)
+        adapter = finished(collect(net)).with_meta(
+            base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
+        )
         if goal.peft_task:
             adapter = adapter.with_meta(peft={"task_type": goal.peft_task})
         spent = time.perf_counter() - began + journal.seconds_before

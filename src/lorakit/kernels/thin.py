@@ -51,7 +51,8 @@ def _ours(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> bo
         and x.shape[1] % WIDTH == 0
         and a.is_contiguous()
         and all(
-            w.is_contiguous() and w.shape[0] % RANK == 0 and w.shape[0] <= WIDEST and w.shape[1] % WIDTH == 0 for w in b
+            w.is_contiguous() and w.shape[0] % RANK == 0 and 0 < w.shape[0] <= WIDEST and w.shape[1] % WIDTH == 0
+            for w in b
         )
         and all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in (x, *ys))
     )

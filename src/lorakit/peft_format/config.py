@@ -66,7 +66,7 @@ def type_faults(config: Config) -> list[str]:
         if key.endswith("_pattern"):
             inner = value.items() if isinstance(value, Mapping) else ()
             good = value is None or isinstance(value, Mapping)
-            number = _is_rank if key == "rank_pattern" else _is_number
+            number = _is_number if key == "alpha_pattern" else _is_rank if "init_r" not in config else _are_marks
             check(key, good and all(_is_regex(k) and number(v) for k, v in inner), "a table of pattern and number")
         elif key in config:
             check(
@@ -90,6 +90,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_marks(value: Any) -> bool:
+    """What AdaLoRA says of a layer: which of its first ranks it has still."""
+    return isinstance(value, list) and all(isinstance(mark, bool) for mark in value)
 
 
 def _is_regex(value: Any) -> bool:
