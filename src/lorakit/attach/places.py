@@ -137,13 +137,14 @@ def inside_torch_layers(modules: Modules) -> set[int]:
 
 
 def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Holder and owner of every fully trained parameter."""
+    """Holder and owner of every fully trained parameter, in the model's order: a checkpoint goes by it."""
     if not adapter.trained:
         return {}
     faults: list[str] = []
     found: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for name, tensor in adapter.trained.items():
-        host, _, leaf = name.rpartition(".")
+    order = {name: k for k, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    for name in sorted(adapter.trained, key=lambda name: order.get(name, len(order))):
+        tensor, (host, _, leaf) = adapter.trained[name], name.rpartition(".")
         try:
             holder = model.get_submodule(host)
         except AttributeError:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Reply:
 
     opened = {name: open_run(path) for name, path in _named(args.runs).items()}
     adapter, task = next(iter(opened.values()))
-    base = load_base_of(adapter, args.base) if hasattr(task, "template") else None
+    base = load_base_of(adapter, args.base, task) if hasattr(task, "template") else None
     piped, written, failed = not sys.stdin.isatty(), list[dict[str, Any]](), False
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     with Talk(opened, base, args.system, args.device) as talk:

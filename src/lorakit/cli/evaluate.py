@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> Reply:
     with skipping(args.skip_bad) as skipped:
         with gathered():
             rows = task.read(args.data, **columns_for(task, args))
-        base = load_base_of(opened[0], args.base) if args.base else None
+        base = load_base_of(opened[0], args.base, opened[1]) if args.base else None
         found = evaluate(opened, rows, base=base, watch=bar(len(rows), "row"), **options)
     text = "\n\n".join([str(found), *(f"note: {line}" for line in told(skipped.bad))])
     return Reply(text, {**asdict(found), "skipped": counted(skipped.bad)})  # type: ignore[call-overload]
@@ -76,7 +76,7 @@ def _harness(args: argparse.Namespace, opened: Any) -> Reply:
     from lorakit.fit.harness import harness
     from lorakit.fit.use import load_base_of
 
-    base = load_base_of(opened[0], args.base) if args.base else None
+    base = load_base_of(opened[0], args.base, opened[1]) if args.base else None
     tasks = [name for name in args.harness.split(",") if name]
     found = harness(opened, tasks, base=base, device=args.device, limit=args.limit, chat=args.harness_chat)
     return Reply(str(found), asdict(found))

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Reply:
         rows = task.asked(said)
     else:
         rows = read_or_streamed(args.data, read, None) if args.out else read(args.data)
-    base = load_base_of(opened[0], args.base) if args.base else None
+    base = load_base_of(opened[0], args.base, opened[1]) if args.base else None
     options |= {"base": base, "truncate": args.truncate, "device": args.device}
     found = _answers(opened, rows, options, bool(args.data))
     if args.out:

@@ -38,7 +38,7 @@ class Learner:
     ) -> None:
         self.workers = workers or Workers()
         self.model, self.task, self.trunk, self.settings = model, task, trunk, settings
-        learning = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}  # for checkpoints
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not learning:
             raise FitError("nothing in the model requires a gradient, so there is nothing to train")
         for parameter in learning.values():

@@ -135,7 +135,6 @@ def fit(
             "plan": entries.toml(),
             "base": base_fingerprint(net, entries.layers),
             "base_name": base.name,
-            "layout": "by name",  # of what learns, in the checkpoint
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
         }

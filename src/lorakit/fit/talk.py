@@ -44,7 +44,7 @@ class Talk:
         self._first = next(iter(opened))
         adapter, task = opened[self._first]
         self._where = resolve_device(device, *([place_of(base.model)] if base else []))
-        self._base = base or load_base_of(adapter)
+        self._base = base or load_base_of(adapter, task=task)
         self._system = system
         self.turns: list[Turn] = []
         self.n_dropped = 0

@@ -39,8 +39,7 @@ def open_run(path: str | Path) -> tuple[Adapter, Task]:
     place = Path(path)
     if (place / TASK).is_file():  # a merged model: nothing to adapt, only its head, where the task has one
         head = read_tensors(place / HEAD_FILE) if (place / HEAD_FILE).is_file() else {}
-        note = read_json(place / TASK)
-        return Adapter({}, head, {"base_name": str(place), "task": note}), task_of(note)
+        return Adapter({}, head, {"base_name": str(place)}), task_of(read_json(place / TASK))
     adapter = adapter_in(place)
     note = adapter.meta.get("task")
     if not note:
@@ -73,15 +72,16 @@ def opened_run(run: Run) -> tuple[Adapter, Task]:
     return open_run(run) if isinstance(run, str | Path) else run
 
 
-def load_base_of(adapter: Adapter, name: str | None = None) -> Base:
-    """The base that an adapter was made on, or the one of this name, as the adapter's task loads it, and quantized as
-    it was then."""
+def load_base_of(adapter: Adapter, name: str | None = None, task: Task | None = None) -> Base:
+    """The base that an adapter was made on, or the one of this name, as the task loads it (the adapter's own, if none
+    is given), and quantized as it was then."""
     place = name or adapter.base_name
     if not place:
         raise UsageError("the adapter does not say which base it was made on; name it with --base")
     note = adapter.meta.get("task")
-    if note:
-        base = task_of(note).load_base(place)
+    task = task or (task_of(note) if note else None)
+    if task is not None:
+        base = task.load_base(place)
     else:
         heads = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}
         base = load_base(place, head=heads.get((adapter.meta.get("peft") or {}).get("task_type", ""), "none"))
@@ -101,7 +101,7 @@ def used(
     texts."""
     adapter, task = opened_run(run)
     where = resolve_device(device, *([place_of(base.model)] if base else []))
-    own = base or load_base_of(adapter)
+    own = base or load_base_of(adapter, task=task)
     had_head = hasattr(own.model, task.head)
     before = active(own.model) if find_home(own.model) is not None else ()
     task.prepare(own.model)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.kinds import KINDS
-from lorakit.kinds.foreign import ForeignLinear
+from lorakit.kinds.quantized import CodedLinear
 
 
 @KINDS.add
-class BnbLinear4bit(ForeignLinear):
+class BnbLinear4bit(CodedLinear):
     """Four bits."""
 
     name = "bnb_4bit"
@@ -50,7 +50,7 @@ class BnbLinear4bit(ForeignLinear):
 
 
 @KINDS.add
-class BnbLinear8bit(ForeignLinear):
+class BnbLinear8bit(CodedLinear):
     """Eight bits, LLM.int8."""
 
     name = "bnb_8bit"

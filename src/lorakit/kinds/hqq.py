@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.kinds import KINDS
-from lorakit.kinds.foreign import ForeignLinear
+from lorakit.kinds.quantized import CodedLinear
 
 
 @KINDS.add
-class HqqLinear(ForeignLinear):
+class HqqLinear(CodedLinear):
     """A weight with scales and zeros of its own optimizer (half-quadratic quantization)."""
 
     name = "hqq"

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lorakit.errors import UsageError
 from lorakit.kinds import KINDS, Shapes
-from lorakit.kinds.foreign import ForeignLinear, frozen
+from lorakit.kinds.quantized import CodedLinear, frozen
 
 
 @KINDS.add
-class QuantoLinear(ForeignLinear):
+class QuantoLinear(CodedLinear):
     """A weight in quanto's tensors."""
 
     name = "quanto"

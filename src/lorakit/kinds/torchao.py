@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lorakit.errors import UsageError
 from lorakit.kinds import KINDS, Shapes
-from lorakit.kinds.foreign import ForeignLinear
+from lorakit.kinds.quantized import CodedLinear
 
 
 @KINDS.add
-class TorchaoLinear(ForeignLinear):
+class TorchaoLinear(CodedLinear):
     """A weight that is a tensor of torchao's."""
 
     name = "torchao"
