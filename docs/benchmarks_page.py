@@ -15,6 +15,7 @@ TITLES = {
     "full": "Beside full fine-tuning",
     "processes": "Two processes on one run",
     "memory": "Memory told before the start",
+    "quantized": "A base in few bits",
     "stream": "Rows that stay on disk",
 }
 

@@ -103,6 +103,10 @@ class Beginning:
         goal, net, settings, examples = self._goal, self._net, self._settings, self._examples
         needs = {path: wanted & {*NEEDS} for path, wanted in needs_of(plan).items()}
         steep = any("gradient" in wanted for wanted in needs.values())
+        if steep and type(goal).informed is not Task.informed:
+            raise UsageError(
+                f"task '{goal.name}' has no loss before the model has informed its rows; take a start without gradients"
+            )
         with goal.trunk(net, dtype=settings.dtype, pad=examples.pad) as trunk:
             batches = list(training_batches(examples, settings.batch_size, settings.seed, 0, False))[:_BATCHES]
             most = settings.most_tokens if not trunk.why_padded else 1  # a text by itself needs no fillers
@@ -120,9 +124,9 @@ class Beginning:
                         batch = examples.gather(part)
                         real = batch.n_tokens if isinstance(examples, Tokens) else None
                         with torch.set_grad_enabled(steep):
-                            loss = goal.loss(net, batch.hidden(trunk, None), batch)
+                            hidden = batch.hidden(trunk, None)
                             if steep:
-                                loss.backward()  # type: ignore[no-untyped-call]
+                                goal.loss(net, hidden, batch).backward()  # type: ignore[no-untyped-call]
         return found
 
 
