@@ -146,6 +146,20 @@ def test_copies_have_their_own_codes() -> None:
     assert torch.equal(twin[1].weight, model[1].weight)
 
 
+def test_a_file_of_codes_is_not_taken_for_one_of_weights() -> None:
+    model = small()
+    lk.quantize(model, "int8")
+    with pytest.raises(RuntimeError, match=r'Missing key.* "0.weight", "1.weight"'):
+        small().load_state_dict(model.state_dict())
+
+
+def test_a_token_that_is_not_there() -> None:
+    model = small()
+    lk.quantize(model, "int8")
+    with pytest.raises(IndexError, match="row 50 is asked for, and there are 50"):
+        model(torch.tensor([[3, 50]]))
+
+
 # ---------------------------------------------------------------- the verb
 
 

@@ -43,3 +43,12 @@ def test_bytes(way: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_no_rows(way: str) -> None:
     codes, scales = torch.zeros(3, 5, dtype=torch.int8), torch.ones(3)
     assert kernel.unpack_bytes(codes, scales, torch.float32, torch.zeros(0, dtype=torch.long)).shape == (0, 5)
+
+
+def test_rows_that_are_not_there(way: str) -> None:
+    codes, scales = torch.zeros(3, 5, dtype=torch.int8), torch.ones(3)
+    for row in (-4, 3, 1 << 40):
+        with pytest.raises(IndexError):
+            kernel.unpack_bytes(codes, scales, torch.float32, torch.tensor([0, row]))
+    one = torch.tensor([2]).expand(4)
+    assert kernel.unpack_bytes(codes + 1, scales, torch.float32, one).shape == (4, 5)

@@ -24,6 +24,16 @@ def _native(codes: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def _inside(rows: Tensor | None, n: int) -> Tensor | None:
+    """The rows as C reads them. IndexError for one that is not there."""
+    if rows is None or not len(rows):
+        return rows
+    least, most = (int(x) for x in torch.aminmax(rows))
+    if least < 0 or most >= n:
+        raise IndexError(f"row {least if least < 0 else most} is asked for, and there are {n}")
+    return rows.contiguous()
+
+
 def _place(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
@@ -33,6 +43,7 @@ def unpack_bytes(codes: Tensor, scales: Tensor, dtype: torch.dtype, rows: Tensor
     if not _native(codes, dtype):
         codes, scales = (codes, scales) if rows is None else (codes[rows], scales[rows])
         return (codes.float() * scales.unsqueeze(1)).to(dtype)
+    rows = _inside(rows, len(codes))
     k, i = len(codes) if rows is None else len(rows), codes.shape[1]
     y = torch.empty(k, i, dtype=dtype)
     places = [_place(codes), _place(scales), _place(rows), _place(y)]
@@ -59,6 +70,7 @@ def unpack_halves(
         at = torch.cat([pairs & 15, pairs >> 4], -1).flatten(1)[:, :i]
         wide = scales.float().repeat_interleave(block, 1)[:, :i]
         return (table[at.int()] * wide).to(dtype)
+    rows = _inside(rows, len(codes))
     k = len(codes) if rows is None else len(rows)
     y = torch.empty(k, i, dtype=dtype)
     places = [_place(codes), _place(scales), _place(table), _place(rows), _place(y)]
