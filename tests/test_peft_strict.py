@@ -81,7 +81,12 @@ def test_all_unknown_tensors_and_unreadable_options_are_listed_at_once(folder: P
     change_config(folder, layer_replication=[[0, 2]], alora_invocation_tokens=[1, 2], trainable_token_indices=[3])
     text = fault(folder)
     assert "7 faults" in text
-    for part in ("does not begin with", "model.norm.weight' (16,)", "lora_E' (4, 1)", "lacks lora_B.weight"):
+    for part in (
+        "does not begin with",
+        "model.norm.weight' (16,)",
+        "has lora_E, which adapter_config.json does not",
+        "lacks lora_B.weight",
+    ):
         assert part in text
     for option in ("layer_replication", "alora_invocation_tokens", "trainable_token_indices"):
         assert f"'{option}' is set" in text
@@ -136,7 +141,7 @@ def test_every_value_of_the_wrong_type_is_listed(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["VBLORA", "PREFIX_TUNING", "", None, 3])
 def test_an_unknown_peft_type_is_refused(folder: Path, value: Any) -> None:
     change_config(folder, peft_type=value)
-    assert fault(folder).startswith(f"{folder}: peft_type is {value!r}; lorakit reads BOFT, DELORA, FOURIERFT")
+    assert fault(folder).startswith(f"{folder}: peft_type is {value!r}; lorakit reads ADALORA, BOFT, DELORA")
 
 
 def test_a_missing_or_damaged_configuration_is_refused(folder: Path, own: Path) -> None:

@@ -332,7 +332,8 @@ def _from_peft_names(
     layers: dict[str, AdaptedLayer] = {}
     for name, note in notes["layers"].items():
         layer, scale = found[name], float(note["scale"])
-        if METHODS[note["method"]].takes_rank and abs(layer.scale - scale) > 1e-6 * abs(scale):
+        method = METHODS[note["method"]]
+        if method.takes_rank and method.takes_scale and abs(layer.scale - scale) > 1e-6 * abs(scale):
             faults.append(f"'{name}' has scale {layer.scale:g} by {CONFIG} and {scale:g} by {NOTES}")
         factors = _split_start(dict(layer.factors), note)
         lacking = [factor for factor in note["factors"] if factor not in factors]
