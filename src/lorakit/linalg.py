@@ -76,6 +76,12 @@ def row_norms(weight: Tensor, b: Tensor, a: Tensor, scale: float, weight_squared
     return (weight_squared + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt()
 
 
+def relative_error(found: Tensor, wanted: Tensor, beside: Tensor | None = None) -> float:
+    """`|found - wanted| / |beside|` (Frobenius), `beside` being `wanted` if not given; 0 where that is zero."""
+    size = float(torch.linalg.vector_norm(_computable(wanted if beside is None else beside)))
+    return float(torch.linalg.vector_norm(_computable(found - wanted))) / size if size else 0.0
+
+
 def effective_rank(s: Tensor) -> float:
     """`exp(-sum p ln p)` with `p = s / sum s` (Roy and Vetterli, 2007). 0 for a zero matrix."""
     s = _computable(s)

@@ -18,14 +18,18 @@ from lorakit.method import METHODS, STARTS, Measured, settled
 from lorakit.plan import LayerPlan, Plan
 from lorakit.update import LayerSpec
 
-NEEDS = ("inputs", "gradient")
-
 
 def needs_of(plan: Plan) -> dict[str, frozenset[str]]:
     """Layer path -> what its start wants to know; only of those that want anything."""
     starts = {path: settled(layer).start for path, layer in plan.layers.items() if layer.method in METHODS}
     wanted = {path: STARTS[start].needs for path, start in starts.items() if start in STARTS}
     return {path: needs for path, needs in wanted.items() if needs}
+
+
+def data_needs(plan: Plan) -> dict[str, frozenset[str]]:
+    """The same, of what data tells alone."""
+    found = {path: needs - {"original"} for path, needs in needs_of(plan).items()}
+    return {path: needs for path, needs in found.items() if needs}
 
 
 def measure(
@@ -187,9 +191,9 @@ def redistributed(plan: Plan, specs: Mapping[str, LayerSpec], measured: Mapping[
 def refuse_unmeasured(plan: Plan, measured: Mapping[str, Measured]) -> None:
     """PlanError for layers whose start needs what was not measured."""
     missing = [
-        (path, sorted(needs & {*NEEDS}))
-        for path, needs in needs_of(plan).items()
-        if needs & {*NEEDS} and (path not in measured or not needs & {*NEEDS} <= measured[path].known)
+        (path, sorted(needs))
+        for path, needs in data_needs(plan).items()
+        if path not in measured or not needs <= measured[path].known
     ]
     if missing:
         path, needs = missing[0]

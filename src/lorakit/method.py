@@ -223,6 +223,11 @@ class Pair(NamedTuple):
     a: Tensor
     b: Tensor
 
+    @classmethod
+    def scaled(cls, b: Tensor, a: Tensor, scale: float) -> "Pair":
+        """In float32 from a product `b @ a` that `|scale|` is divided out of already: `b` takes the scale's sign."""
+        return cls(a.float().contiguous(), (b if scale > 0 else -b).float().contiguous())
+
 
 class Start(ABC):
     """How a low-rank pair begins. Class attributes: `name`, `use`, `source`, `zero` (the product `b @ a` is 0), `free`

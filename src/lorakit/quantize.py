@@ -6,13 +6,14 @@ weights that two layers share, layers with a forward of their own, and whatever 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.describe import describe, is_added, locate, walk
 from lorakit.errors import UsageError, listed, nearest
+from lorakit.linalg import relative_error
 from lorakit.quant import FORMATS, Format, QuantEmbedding, Quantized, QuantLinear
 from lorakit.rules import matches_rule
 from lorakit.update import LayerSpec
@@ -91,17 +92,24 @@ def quantize(
     True
     """
     chosen = _chosen(model, form, layers, embeddings)
-    broken = [f"'{path}'" for path, (module, _) in chosen.items() if not bool(torch.isfinite(_weight(module)).all())]
+    broken = [f"'{path}'" for path, choice in chosen.items() if not bool(torch.isfinite(_weight(choice.module)).all())]
     if broken:
         raise UsageError(f"NaN or infinite numbers in the weights of {listed(broken)}")
-    costs = _costs_of(model, chosen, lambda path, held: _put(model, path, held, keep))
+    hosts = _hosts(model)
+
+    def put(old: nn.Module, held: Quantized) -> None:
+        if keep:
+            held.__dict__["original"] = _weight(old)
+        _exchange(hosts, old, held.train(old.training))
+
+    costs = _costs_of(model, chosen, put)
     model.__dict__[_NOTE] = {"form": form, "layers": layers, "embeddings": embeddings}
     return costs
 
 
 def quantization_costs(model: nn.Module, form: str, *, layers: str = "all-linear", embeddings: str = "int8") -> Costs:
     """What `quantize` with these arguments would save and cost; the model stays as it is."""
-    return _costs_of(model, _chosen(model, form, layers, embeddings), lambda path, held: None)
+    return _costs_of(model, _chosen(model, form, layers, embeddings), lambda old, held: None)
 
 
 def quantized_as(model: nn.Module) -> Mapping[str, Any]:
@@ -123,10 +131,11 @@ def dequantize(model: nn.Module) -> int:
 
     Returns how many there were. UsageError while adapters are attached.
     """
-    held = {path: module for path, module in walk(model) if isinstance(module, Quantized)}
+    held = [module for _, module in walk(model) if isinstance(module, Quantized)]
     _refuse_adapted(model, "dequantize")
-    for path, module in held.items():
-        _exchange(model, path, _plain(module))
+    hosts = _hosts(model)
+    for module in held:
+        _exchange(hosts, module, _plain(module))
     model.__dict__.pop(_NOTE, None)
     return len(held)
 
@@ -144,31 +153,35 @@ def _plain(module: Quantized) -> nn.Module:
     return linear.train(module.training)
 
 
-def _chosen(model: nn.Module, form: str, layers: str, embeddings: str) -> dict[str, tuple[nn.Module, Format]]:
-    """Path -> module and format."""
+class _Choice(NamedTuple):
+    module: nn.Module
+    role: str
+    form: Format
+
+
+def _chosen(model: nn.Module, form: str, layers: str, embeddings: str) -> dict[str, _Choice]:
+    """Path -> what is to be quantized, and how."""
     for name in (form, *(() if embeddings == "none" else (embeddings,))):
         if name not in FORMATS:
-            raise UsageError(f"unknown format '{name}'{nearest(name, FORMATS.names())}; use {_listed_formats()}")
+            raise UsageError(
+                f"unknown format '{name}'{nearest(name, FORMATS.names())}; use {', '.join(FORMATS.names())}"
+            )
     _refuse_adapted(model, "quantize")
     if any(isinstance(module, Quantized) for _, module in walk(model)):
         raise UsageError(f"this {type(model).__name__} is quantized already; dequantize it first")
-    found: dict[str, tuple[nn.Module, Format]] = {}
+    found: dict[str, _Choice] = {}
     for spec in describe(model):
         place = locate(model, spec.path)
         if place is None or not spec.path or not _may(spec, place.kind.plain(place.module)):
             continue
         if spec.kind == "embedding":
             if embeddings != "none":
-                found[spec.path] = place.module, FORMATS[embeddings]
+                found[spec.path] = _Choice(place.module, spec.role, FORMATS[embeddings])
         elif matches_rule(spec, layers):
-            found[spec.path] = place.module, FORMATS[form]
+            found[spec.path] = _Choice(place.module, spec.role, FORMATS[form])
     if not found:
         raise UsageError(f"no layer of this {type(model).__name__} can be quantized by layers='{layers}'")
     return found
-
-
-def _listed_formats() -> str:
-    return ", ".join(FORMATS.names())
 
 
 def _may(spec: LayerSpec, plain: bool) -> bool:
@@ -187,42 +200,36 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.mT if hasattr(module, "nf") else weight
 
 
-def _costs_of(
-    model: nn.Module, chosen: Mapping[str, tuple[nn.Module, Format]], put: Callable[[str, Quantized], None]
-) -> Costs:
+def _costs_of(model: nn.Module, chosen: Mapping[str, _Choice], put: Callable[[nn.Module, Quantized], None]) -> Costs:
     whole = sum({id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}.values())
-    roles = {spec.path: spec.role for spec in describe(model)}
     costs: list[Cost] = []
     with torch.no_grad():
-        for path, (module, form) in chosen.items():
+        for path, (module, role, form) in chosen.items():
             weight = _weight(module)
             parts, i = form.pack(weight), weight.shape[1]
-            error = _error(form.unpack(parts, i, torch.float32), weight.float())
+            error = relative_error(form.unpack(parts, i, torch.float32), weight.float())
             sizes = (weight.numel() * weight.element_size(), sum(t.numel() * t.element_size() for t in parts))
-            costs.append(Cost(path, roles[path], form.name, *sizes, error))
+            costs.append(Cost(path, role, form.name, *sizes, error))
             if isinstance(module, nn.Embedding):
-                put(path, QuantEmbedding(form, parts, i, weight, module.padding_idx))
+                put(module, QuantEmbedding(form, parts, i, weight, module.padding_idx))
             else:
-                put(path, QuantLinear(form, parts, i, weight, module._parameters.get("bias")))
+                put(module, QuantLinear(form, parts, i, weight, module._parameters.get("bias")))
     return Costs(tuple(costs), whole - sum(cost.before for cost in costs))
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(wanted))
-    return float(torch.linalg.vector_norm(found - wanted)) / size if size else 0.0
+_Hosts = dict[int, list[tuple[nn.Module, str]]]
 
 
-def _put(model: nn.Module, path: str, held: Quantized, keep: bool) -> None:
-    old = model.get_submodule(path)
-    if keep:
-        held.__dict__["original"] = _weight(old)
-    _exchange(model, path, held.train(old.training))
-
-
-def _exchange(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts a module in the place of another, wherever that stands."""
-    old = model.get_submodule(path)
+def _hosts(model: nn.Module) -> _Hosts:
+    """By the id of every module: where it stands."""
+    found: _Hosts = {}
     for host in model.modules():
         for name, child in host._modules.items():
-            if child is old:
-                host._modules[name] = new
+            found.setdefault(id(child), []).append((host, name))
+    return found
+
+
+def _exchange(hosts: _Hosts, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, wherever that stands."""
+    for host, name in hosts[id(old)]:
+        host._modules[name] = new

@@ -17,6 +17,7 @@ from lorakit.attach.slots import Slot, WeightReader, home_of, refuse_merged, slo
 from lorakit.describe import locate
 from lorakit.errors import AttachError, listed
 from lorakit.kinds.parameter import bias_name
+from lorakit.linalg import relative_error
 from lorakit.update import Update
 
 _BLOCK_NUMBERS = 1 << 19  # numbers of W per block: 2 MB in float32, which stays in a second-level cache
@@ -193,14 +194,10 @@ def _write_layer(
         slot.kind.write(module, parameter, weight)
     if changed is not bias and bias is not None and changed is not None:
         bias.copy_(changed)
-    return _rounding(reader(), weight, before) if slot.kind.rounds else None
-
-
-def _rounding(found: Tensor, wanted: Tensor, before: Tensor) -> Rounding:
-    off, of_weight, of_change = (
-        float(torch.linalg.vector_norm(x.float())) for x in (found - wanted, wanted, wanted - before)
-    )
-    return Rounding(off / of_weight if of_weight else 0.0, off / of_change if of_change else 0.0)
+    if not slot.kind.rounds:
+        return None
+    found = reader()
+    return Rounding(relative_error(found, weight), relative_error(found, weight, weight - before))
 
 
 def add_in_place(weight: Tensor, updates: list[Update]) -> None:

@@ -19,7 +19,7 @@ from lorakit.describe import describe
 from lorakit.errors import UsageError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
-from lorakit.measure import NEEDS, needs_of, redistributed, watched
+from lorakit.measure import data_needs, redistributed, watched
 from lorakit.method import Measured
 from lorakit.plan import Plan
 from lorakit.quantize import forget
@@ -76,7 +76,7 @@ class Beginning:
 
     def _begun(self, plan: Plan) -> tuple[Plan, Adapter | None]:
         """The plan and its fresh factors, if they begin from data; else they follow from the plan and the seed."""
-        if not any(needs & {*NEEDS} for needs in needs_of(plan).values()):
+        if not data_needs(plan):
             return plan, None
         if self._settings.shard:
             raise UsageError(
@@ -101,7 +101,7 @@ class Beginning:
     def _measured(self, plan: Plan) -> Mapping[str, Measured]:
         """What the layers of the plan see of the first batches, and are asked for."""
         goal, net, settings, examples = self._goal, self._net, self._settings, self._examples
-        needs = {path: wanted & {*NEEDS} for path, wanted in needs_of(plan).items()}
+        needs = data_needs(plan)
         steep = any("gradient" in wanted for wanted in needs.values())
         if steep and type(goal).informed is not Task.informed:
             raise UsageError(
@@ -112,14 +112,14 @@ class Beginning:
             most = settings.most_tokens if not trunk.why_padded else 1  # a text by itself needs no fillers
             parts = [part for batch in batches for part in passes(examples, batch, most)]
             with _head_that_knows(net, goal.head if steep else "") as step:
-                for part in parts if step is not None else ():
-                    assert step is not None
-                    batch = examples.gather(part)
-                    with torch.no_grad():
-                        hidden = batch.hidden(trunk, None)
-                    step(goal.loss(net, hidden, batch) / max(1, examples.n_labels(part)))
+                if step is not None:
+                    for part in parts:
+                        batch = examples.gather(part)
+                        with torch.no_grad():
+                            hidden = batch.hidden(trunk, None)
+                        step(goal.loss(net, hidden, batch) / max(1, examples.n_labels(part)))
                 real: int | None = None
-                with watched(net, {path: wanted for path, wanted in needs.items() if wanted}, lambda: real) as found:
+                with watched(net, needs, lambda: real) as found:
                     for part in parts:
                         batch = examples.gather(part)
                         real = batch.n_tokens if isinstance(examples, Tokens) else None

@@ -18,9 +18,9 @@ def courses_of(model: nn.Module, n_steps: int) -> dict[str, Course]:
         for _, _, slot in slots_of(model, switch.names[name]):
             factors = slot._modules.get(name)
             if isinstance(factors, Factors) and type(factors.method).course is not Method.course:
-                own = {key: p for key, p in factors.named_parameters() if p.requires_grad}
-                layers.setdefault(factors.method.name, {})[slot.path] = dict(own)
-    made = {name: METHODS[name].course(own, n_steps) for name, own in layers.items()}
+                own: dict[str, Tensor] = {key: p for key, p in factors.named_parameters() if p.requires_grad}
+                layers.setdefault(factors.method.name, {})[slot.path] = own
+    made = {name: METHODS[name].course(held, n_steps) for name, held in layers.items()}
     return {name: course for name, course in made.items() if course is not None}
 
 

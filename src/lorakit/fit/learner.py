@@ -278,8 +278,8 @@ class Learner:
                     memory[name] = value.to(flat.device, copy=True)
             self.optimizer.state[flat] = memory
         for method, course in self.courses.items():
-            own = {name: x for name, x in tensors.items() if name.startswith(f"{method}/")}
-            course.restore({name.removeprefix(f"{method}/"): x for name, x in own.items()})
+            prefix = f"{method}/"
+            course.restore({name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)})
 
     def close(self) -> None:
         """Gives the parameters their own memory again, and forgets the frozen states."""

@@ -92,11 +92,10 @@ def train(learner: Learner, examples: Examples, valid: Examples, state: State) -
             yield Record("step", state.step, state.epoch, values)
         metrics = learner.evaluate(valid)
         state.epoch += 1
-        if not all(course.is_done(state.step) for course in learner.courses.values()):
-            pass  # what is learned has not its final form yet
-        elif learner.task.better(metrics, state.best):
+        final = all(course.is_done(state.step) for course in learner.courses.values())  # the form of what is learned
+        if final and learner.task.better(metrics, state.best):
             state.best, state.best_epoch, state.stale, state.best_values = metrics, state.epoch, 0, learner.best()
-        else:
+        elif final:
             state.stale += 1
         state.batch = 0
         yield Record("valid", state.step, state.epoch, metrics)

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lorakit.kernels.native import library
+from lorakit.kernels.native import library, place
 
 _LONG = ctypes.c_int64
 GROUP = 32  # numbers whose codes are kept in 16 bytes
@@ -34,10 +34,6 @@ def _inside(rows: Tensor | None, n: int) -> Tensor | None:
     return rows.contiguous()
 
 
-def _place(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
 def unpack_bytes(codes: Tensor, scales: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """`codes (n, i)` int8 times `scales (n,)` float32, as `(n, i)` in `dtype`; or only of `rows (k,)`, as `(k, i)`."""
     if not _native(codes, dtype):
@@ -46,7 +42,7 @@ def unpack_bytes(codes: Tensor, scales: Tensor, dtype: torch.dtype, rows: Tensor
     rows = _inside(rows, len(codes))
     k, i = len(codes) if rows is None else len(rows), codes.shape[1]
     y = torch.empty(k, i, dtype=dtype)
-    places = [_place(codes), _place(scales), _place(rows), _place(y)]
+    places = [place(codes), place(scales), place(rows), place(y)]
     library().unpack_bytes(*places, _LONG(k), _LONG(i), int(dtype == torch.bfloat16))  # type: ignore[union-attr]
     return y
 
@@ -73,7 +69,7 @@ def unpack_halves(
     rows = _inside(rows, len(codes))
     k = len(codes) if rows is None else len(rows)
     y = torch.empty(k, i, dtype=dtype)
-    places = [_place(codes), _place(scales), _place(table), _place(rows), _place(y)]
+    places = [place(codes), place(scales), place(table), place(rows), place(y)]
     sizes = map(_LONG, (k, i, codes.shape[1], block))
     library().unpack_halves(*places, *sizes, int(dtype == torch.bfloat16))  # type: ignore[union-attr]
     return y

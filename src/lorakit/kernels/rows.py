@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.native import library
+from lorakit.kernels.native import library, place
 
 _KNOWN = (torch.float32, torch.bfloat16)
 _LONG = ctypes.c_int64
@@ -20,10 +20,6 @@ _LONG = ctypes.c_int64
 
 def _native(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _KNOWN and library() is not None
-
-
-def _place(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -44,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _gelu(x: Tensor, dy: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
-    library().gelu_rows(_place(x), _place(dy), _place(y), _LONG(x.numel()), int(x.dtype == torch.bfloat16))  # type: ignore[union-attr]
+    library().gelu_rows(place(x), place(dy), place(y), _LONG(x.numel()), int(x.dtype == torch.bfloat16))  # type: ignore[union-attr]
     return y
 
 
@@ -65,7 +61,7 @@ def _rms(x: Tensor, dy: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     d = x.shape[-1]
     library().rms_rows(  # type: ignore[union-attr]
-        *map(_place, (x, dy, weight, y)),
+        *map(place, (x, dy, weight, y)),
         *map(_LONG, (x.numel() // d, d)),
         ctypes.c_float(eps),
         int(x.dtype == torch.bfloat16),

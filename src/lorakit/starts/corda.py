@@ -35,8 +35,7 @@ class Corda(Start):
         part = slice(-rank, None) if self.last else slice(None, rank)
         root = (s[part] / abs(scale)).sqrt()
         a = root.unsqueeze(1) * torch.linalg.solve(c, vh[part].T).T
-        b = u[:, part] * root * (1 if scale > 0 else -1)
-        return Pair(a.float().contiguous(), b.float().contiguous())
+        return Pair.scaled(u[:, part] * root, a, scale)
 
 
 @STARTS.add

@@ -34,4 +34,4 @@ class Eora(Start):
         u, s, vh = torch.linalg.svd(error / abs(scale), full_matrices=False)
         b, a = Svd(u, s, vh.mT).truncated(rank).balanced()
         a = (a / root) @ vectors.T
-        return Pair(a.float().contiguous(), (b if scale > 0 else -b).float().contiguous())
+        return Pair.scaled(b, a, scale)

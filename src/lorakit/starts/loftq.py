@@ -26,7 +26,7 @@ class Loftq(Start):
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         u, s, vh = torch.linalg.svd(lost(spec, self.name, weight) / abs(scale), full_matrices=False)
         b, a = Svd(u, s, vh.mT).truncated(rank).balanced()
-        return Pair(a.float().contiguous(), (b if scale > 0 else -b).float().contiguous())
+        return Pair.scaled(b, a, scale)
 
 
 def lost(spec: LayerSpec, start: str, weight: Held) -> torch.Tensor:

@@ -24,4 +24,4 @@ class Milora(Start):
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         u, s, v = svd_of(weight, scale, spec.path, self.name)
         b, a = Svd(u[..., -rank:], s[..., -rank:], v[..., -rank:]).balanced()
-        return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())
+        return Pair.scaled(b, a, scale)

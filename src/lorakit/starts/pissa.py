@@ -23,7 +23,7 @@ class Pissa(Start):
 
     def pair(self, spec: LayerSpec, rank: int, scale: float, weight: Held, generator: torch.Generator) -> Pair:
         b, a = svd_of(weight, scale, spec.path, self.name).truncated(rank).balanced()
-        return Pair(a.contiguous(), (b if scale > 0 else -b).contiguous())
+        return Pair.scaled(b, a, scale)
 
 
 def svd_of(weight: ReadWeight, scale: float, path: str, start: str) -> Svd:

@@ -16,6 +16,8 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from torch import Tensor
+
 from lorakit.cache import cache_folder
 
 _SOURCES = (
@@ -38,6 +40,11 @@ _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None."""
     return _loaded()[0]
+
+
+def place(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, as C takes it; no place for none."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def reason() -> str:

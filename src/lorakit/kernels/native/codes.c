@@ -9,20 +9,12 @@
 typedef int8_t bvec __attribute__((vector_size(LANES), aligned(1)));
 typedef uint8_t ubvec __attribute__((vector_size(LANES), aligned(1)));
 
-static inline void put(void *p, int64_t j, int half, vec x, int64_t n) {
-    if (n >= LANES) {
-        if (half)
-            narrow((uint16_t *)p + j, x);
-        else
-            store((float *)p + j, x);
-        return;
-    }
-    for (int64_t k = 0; k < n; k++) {
-        if (half)
-            ((uint16_t *)p)[j + k] = rounded(x[k]);
-        else
-            ((float *)p)[j + k] = x[k];
-    }
+/* A vector to place j of p, or as much of it as the n numbers that are left of a row take. */
+static inline void put_left(void *p, int64_t j, int64_t n, int half, vec x) {
+    if (n >= LANES)
+        put(p, j, half, x);
+    else
+        put_some(p, j, n, half, x);
 }
 
 static inline vec looked_up(vec table, ivec at) {
@@ -47,11 +39,11 @@ void unpack_bytes(const int8_t *codes, const float *scales, const int64_t *at, v
         vec scale = splat(scales[row]);
         int64_t j = 0;
         for (; j + LANES <= i; j += LANES)
-            put(to, j, half, __builtin_convertvector(*(const bvec *)(from + j), vec) * scale, LANES);
+            put(to, j, half, __builtin_convertvector(*(const bvec *)(from + j), vec) * scale);
         if (j < i) {
             int8_t last[LANES] = {0};
             memcpy(last, from + j, i - j);
-            put(to, j, half, __builtin_convertvector(*(const bvec *)last, vec) * scale, i - j);
+            put_some(to, j, i - j, half, __builtin_convertvector(*(const bvec *)last, vec) * scale);
         }
     }
 }
@@ -70,8 +62,8 @@ void unpack_halves(const uint8_t *codes, const uint16_t *scales, const float *ta
         for (int64_t j = 0; j < i; j += 2 * LANES) {
             ivec both = __builtin_convertvector(*(const ubvec *)(from + j / 2), ivec);
             vec by = splat(widened(scale[j / block]));
-            put(to, j, half, looked_up(values, both & 15) * by, i - j);
-            if (i - j > LANES) put(to, j + LANES, half, looked_up(values, both >> 4) * by, i - j - LANES);
+            put_left(to, j, i - j, half, looked_up(values, both & 15) * by);
+            if (i - j > LANES) put_left(to, j + LANES, i - j - LANES, half, looked_up(values, both >> 4) * by);
         }
     }
 }

@@ -69,4 +69,21 @@ static inline void narrow(uint16_t *p, vec value) {
 #endif
 }
 
+/* Sixteen numbers to place j of p, which is in bfloat16 or float32; and of such a vector the first n alone. */
+static inline void put(void *p, int64_t j, int half, vec x) {
+    if (half)
+        narrow((uint16_t *)p + j, x);
+    else
+        store((float *)p + j, x);
+}
+
+static inline void put_some(void *p, int64_t j, int64_t n, int half, vec x) {
+    for (int64_t k = 0; k < n; k++) {
+        if (half)
+            ((uint16_t *)p)[j + k] = rounded(x[k]);
+        else
+            ((float *)p)[j + k] = x[k];
+    }
+}
+
 #endif

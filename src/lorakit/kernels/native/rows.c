@@ -9,27 +9,11 @@ static inline vec fetch(const void *p, int64_t j, int half) {
     return half ? widen((const uint16_t *)p + j) : load((const float *)p + j);
 }
 
-static inline void put(void *p, int64_t j, int half, vec x) {
-    if (half)
-        narrow((uint16_t *)p + j, x);
-    else
-        store((float *)p + j, x);
-}
-
 /* The last numbers of a row, fewer than a vector has: in a vector, zeros behind. */
 static inline vec fetch_some(const void *p, int64_t j, int64_t n, int half) {
     float x[LANES] = {0};
     for (int64_t k = 0; k < n; k++) x[k] = half ? widened(((const uint16_t *)p)[j + k]) : ((const float *)p)[j + k];
     return load(x);
-}
-
-static inline void put_some(void *p, int64_t j, int64_t n, int half, vec x) {
-    for (int64_t k = 0; k < n; k++) {
-        if (half)
-            ((uint16_t *)p)[j + k] = rounded(x[k]);
-        else
-            ((float *)p)[j + k] = x[k];
-    }
 }
 
 /* sigmoid(2 u) for u = sqrt(2 / pi) (x + 0.044715 x^3): gelu(x) = x sigmoid(2 u), since 1 + tanh u = 2 sigmoid(2 u). */
