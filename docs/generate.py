@@ -16,6 +16,7 @@ from benchmarks_page import benchmarks_page, row
 from lorakit.cli import VERBS, parser_of
 from lorakit.kinds import KINDS
 from lorakit.method import METHODS, STARTS
+from lorakit.prompt import PROMPTS
 from lorakit.quant import FORMATS
 
 FOLDER = Path(__file__).parent
@@ -35,8 +36,15 @@ def cli_page() -> str:
 
 
 def methods_page() -> str:
-    """Tables of methods, starts and kinds."""
-    lines = ["# Methods, starts, kinds", "", "Written by docs/generate.py from the registries.", "", "## Methods", ""]
+    """Tables of methods, starts, prompts and kinds."""
+    lines = [
+        "# Methods, starts, prompts, kinds",
+        "",
+        "Written by docs/generate.py from the registries.",
+        "",
+        "## Methods",
+        "",
+    ]
     lines += [row("method", "delta of W", "numbers", "frozen", "when", "a pair", "PEFT", "source"), row(*["---"] * 8)]
     for method in sorted(METHODS, key=lambda m: m.name):
         own = sorted(method.frozen - {"a0", "b0"})
@@ -53,9 +61,22 @@ def methods_page() -> str:
     ]
     lines += ["", "## Starts", "", row("start", "`b @ a` is zero", "when", "source"), row(*["---"] * 4)]
     for start in sorted(STARTS, key=lambda s: s.name):
-        lines.append(
-            row(start.name, "yes" if start.zero else "no: kept frozen and subtracted", start.use, start.source)
-        )
+        acts = "no: it acts from the beginning" if start.corrects else "no: kept frozen and subtracted"
+        lines.append(row(start.name, "yes" if start.zero else acts, start.use, start.source))
+    lines += [
+        "",
+        "## Soft prompts",
+        "",
+        "Rows that learn in front of every text, beside low-rank layers or alone: `--soft-prompt soft:20` gives V = 20",
+        "to a model of width d. They change no W: truncating leaves them as they are, and they cannot be merged.",
+        "",
+        row("prompt", "what learns", "numbers", "how it begins", "when", "PEFT", "source"),
+        row(*["---"] * 7),
+    ]
+    for prompt in sorted(PROMPTS, key=lambda p: p.name):
+        begins = ", ".join(prompt.starts) or "its network at random"
+        peft = prompt.peft_type or "none"
+        lines.append(row(prompt.name, prompt.rows_are, prompt.parameters, begins, prompt.use, peft, prompt.source))
     lines += ["", "## Kinds of layer", "", row("kind", "layers"), row(*["---"] * 2)]
     for kind in sorted(KINDS, key=lambda k: k.name):
         lines.append(row(kind.name, kind.layers))

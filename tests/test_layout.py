@@ -21,16 +21,20 @@ ROOMS = {
     "course": 2,
     "update": 2,
     "files": 2,
+    "prompt": 2,
     "plan": 2,
     "method": 2,
+    "notes": 2,
     "adapter": 2,
     "quant": 2.5,  # formats and layers of quantized weights
     "methods": 3,
     "starts": 3,
+    "prompts": 3,
     "kinds": 3,
     "algebra": 4,
     "describe": 5,
     "whole": 5.2,  # reads what describe says
+    "reading": 5.3,  # how a base reads its inputs
     "rules": 5.5,  # and what learns whole
     "measure": 5.6,
     "quantize": 5.7,
@@ -50,7 +54,7 @@ ROOMS = {
     "": 11,  # lorakit itself
     "testing": 12,
 }
-VALUES = {"course", "update", "files", "plan", "method", "adapter"}  # one room of several files
+VALUES = {"course", "update", "files", "prompt", "plan", "method", "notes", "adapter"}  # one room of several files
 LONGEST = 400
 
 

@@ -138,7 +138,7 @@ def test_every_value_of_the_wrong_type_is_listed(folder: Path) -> None:
         assert f"'{key}' is " in text
 
 
-@pytest.mark.parametrize("value", ["VBLORA", "PREFIX_TUNING", "", None, 3])
+@pytest.mark.parametrize("value", ["VBLORA", "MULTITASK_PROMPT_TUNING", "", None, 3])
 def test_an_unknown_peft_type_is_refused(folder: Path, value: Any) -> None:
     change_config(folder, peft_type=value)
     assert fault(folder).startswith(f"{folder}: peft_type is {value!r}; lorakit reads ADALORA, BOFT, DELORA")

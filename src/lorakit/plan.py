@@ -27,6 +27,7 @@ from typing import Any
 
 from lorakit.errors import PlanError, listed, nearest
 from lorakit.files import write_text
+from lorakit.prompt import PromptPlan
 
 VERSION = 1
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # not allowed in a TOML comment
@@ -96,17 +97,19 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layer path -> LayerPlan, and the modules or parameters that are trained fully."""
+    """Layer path -> LayerPlan, the modules or parameters that are trained fully, and the prompt, if there is one."""
 
     layers: Mapping[str, LayerPlan]
     trained: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
+    prompt: PromptPlan | None = None
 
     def __repr__(self) -> str:
         ranks = Counter(layer.rank for layer in self.layers.values())
         methods = sorted({layer.method for layer in self.layers.values()})
         ranks_text = ", ".join(f"{rank} x {n}" for rank, n in sorted(ranks.items()))
         extra = f", trained {list(self.trained)}" if self.trained else ""
+        extra += f", {self.prompt.method} prompt of {self.prompt.length}" if self.prompt is not None else ""
         return (
             f"Plan({len(self.layers)} layers, {'+'.join(methods) or 'no method'}, rank {ranks_text or 'none'}{extra})"
         )
@@ -123,6 +126,8 @@ class Plan:
         lines = ["# lorakit plan: which layer gets which method, rank, scale and start. Edit freely."]
         lines += [f"# {_CONTROL.sub(' ', line)}" for line in self.note.splitlines()]
         lines += [f"version = {VERSION}", f"trained = {_toml(list(self.trained))}", ""]
+        if self.prompt is not None:
+            lines += ["[prompt]", *(f"{key} = {_toml(value)}" for key, value in asdict(self.prompt).items()), ""]
         lines += ["[default]", *(f"{key} = {_toml(value)}" for key, value in default.items()), "", "[layers]"]
         for path, layer in self.layers.items():
             own = {key: value for key, value in asdict(layer).items() if value != default[key]}
@@ -142,7 +147,7 @@ class Plan:
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"{source} is not valid TOML: {error}") from None
         faults: list[str] = []
-        known = {"version", "trained", "default", "layers"}
+        known = {"version", "trained", "default", "layers", "prompt"}
         faults += [f"unknown key '{key}'{nearest(key, known)}" for key in data if key not in known]
         if data.get("version", VERSION) != VERSION:
             faults.append(f"version is {data['version']!r}; this lorakit reads version {VERSION}")
@@ -156,9 +161,10 @@ class Plan:
             faults.append("[layers] must be a table of layer path = { ... }")
             table = {}
         layers = {path: _layer(default, entry, f"'{path}'", faults) for path, entry in table.items()}
+        prompt = _prompt(data["prompt"], faults) if "prompt" in data else None
         if faults:
             raise PlanError(f"{source}: {listed(faults)}")
-        return cls(layers, tuple(trained))
+        return cls(layers, tuple(trained), prompt=prompt)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -204,8 +210,29 @@ def _layer(default: LayerPlan, entry: Any, place: str, faults: list[str]) -> Lay
     return layer
 
 
+def _prompt(entry: Any, faults: list[str]) -> PromptPlan | None:
+    if not isinstance(entry, dict):
+        faults.append(f"[prompt] must be a table such as {{ method = 'soft', length = 20 }}, not {entry!r}")
+        return None
+    own = asdict(PromptPlan())
+    words = entry.get("words", [])
+    faults += [f"[prompt] has an unknown key '{key}'{nearest(key, own)}" for key in entry if key not in own]
+    faults += [
+        f"[prompt]: {key} is {value!r}; it must be {type(own[key]).__name__}"
+        for key, value in entry.items()
+        if key in own and key != "words" and (not isinstance(value, type(own[key])) or isinstance(value, bool))
+    ]
+    if not isinstance(words, list) or not all(isinstance(word, int) and not isinstance(word, bool) for word in words):
+        faults.append(f"[prompt]: words are {words!r:.60}; they must be a list of tokens' numbers")
+    if faults:
+        return None
+    made = PromptPlan(**{**own, **entry, "words": tuple(words)})
+    faults += made.faults()
+    return made
+
+
 def _toml(value: Any) -> str:
-    """A string, number or list of strings as TOML: JSON, but for the one control character that JSON leaves bare."""
+    """A string, number or list of them as TOML: JSON, but for the one control character that JSON leaves bare."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

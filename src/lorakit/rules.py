@@ -10,6 +10,8 @@ from lorakit.describe import describe
 from lorakit.errors import PlanError, UsageError, listed, nearest
 from lorakit.method import METHODS, STARTS, check_plan, settled
 from lorakit.plan import LayerPlan, Plan, resolve_scale
+from lorakit.prompt import PROMPTS, PromptPlan
+from lorakit.reading import Reading
 from lorakit.update import LayerSpec
 from lorakit.whole import biases, blocks_of, resolve_trained
 
@@ -22,13 +24,15 @@ GROUPS: Mapping[str, frozenset[str]] = {
 _MATRICES = frozenset({"linear", "hf_conv1d", "parameter"})
 _BARE_ROLES = frozenset({"experts", "recurrent", "qkv", "q", "k", "v", "up", "gate", "down"})  # in "all-linear"
 
+DEFAULT_RANK = 8
+
 Rules = str | Sequence[str] | Mapping[str, int]
 
 
 def plan(
     model: nn.Module,
-    rank: int = 8,
-    layers: Rules = "all-linear",
+    rank: int = DEFAULT_RANK,
+    layers: Rules | None = None,
     *,
     method: str = "lora",
     scale: float | str | None = None,
@@ -38,17 +42,21 @@ def plan(
     trained: Sequence[str] = (),
     bias: str = "none",
     clip_rank: bool = False,
+    soft_prompt: str | PromptPlan | None = None,
 ) -> Plan:
     """Turns rules into a Plan for this model.
 
-    `layers`: "all-linear" (every matrix but heads and embeddings), "all-conv", "all", "none", "attention", "mlp",
-    "embeddings", a role ("q", "up", "experts" ...), the end of a layer path, a regular expression for the whole path
-    ("re:" before it), a list of these, or a mapping from these to ranks: `{"attention": 8, "mlp": 16}`.
+    `layers`: "all-linear" (every matrix but heads and embeddings; the default, where there is no prompt), "all-conv",
+    "all", "none", "attention", "mlp", "embeddings", a role ("q", "up", "experts" ...), the end of a layer path, a
+    regular expression for the whole path ("re:" before it), a list of these, or a mapping from these to ranks:
+    `{"attention": 8, "mlp": 16}`.
     `blocks`: "0-3", "4-", "last 2" or indices: only these layers of the stack; the others stay frozen.
     `scale` and `start`: the method's own ("16/r" and "kaiming" for lora), if not given.
     `share`: "a", "b" or "a+b": these factors are one tensor for all layers of one role and shape.
     `trained`: modules or parameters trained fully, or words for them ("norms", "blocks last 2"; see
     `lorakit.whole`). `bias`: "none", "adapted" or "all".
+    `soft_prompt`: "soft:20", "prefix:20" ... (docs/methods.md): 20 rows that learn in front of every text, beside the
+    layers or alone.
     `clip_rank`: lower the rank where a layer's smaller side demands it, instead of refusing.
 
     Raises PlanError: unknown pattern, nothing matched, rank above a side; all faults at once.
@@ -56,6 +64,11 @@ def plan(
     if not isinstance(model, nn.Module):
         raise UsageError(f"plan takes a torch module, not {type(model).__name__}")
     refuse_rules(rank, method, scale, start, bias)
+    asked = PromptPlan.parse(soft_prompt) if isinstance(soft_prompt, str) else soft_prompt
+    if layers is None:
+        layers = "all-linear" if asked is None else "none"
+    if layers == "none" and asked is not None:
+        _refuse_alone(rank, method, scale, start, share, blocks)
     specs = describe(model)
     wanted = {layers: rank} if isinstance(layers, str) else layers
     wanted = () if [*wanted] == ["none"] else wanted
@@ -79,10 +92,11 @@ def plan(
     factor = "" if scale is None else scale
     ready = {rank: settled(LayerPlan(method, rank, factor, start or "", share)) for rank in set(chosen.values())}
     entries = {spec.path: ready[chosen[spec.path]] for spec in specs if spec.path in chosen}
+    faults += [] if asked is None else asked.faults() or _no_room(model, asked)
     faults += check_plan({spec.path: spec for spec in specs}, entries)
     if faults:
         raise PlanError(f"{type(model).__name__}: {listed(faults)}")
-    result = Plan(entries, tuple(trained) + biases(model, entries, bias))
+    result = Plan(entries, tuple(trained) + biases(model, entries, bias), prompt=asked)
     resolve_trained(model, result.trained)
     return result
 
@@ -100,6 +114,23 @@ def refuse_rules(rank: int, method: str, scale: float | str | None, start: str |
         resolve_scale(scale, rank)
     if bias not in ("none", "adapted", "all"):
         raise PlanError(f"bias is {bias!r}; use 'none', 'adapted' or 'all'")
+
+
+def _no_room(model: nn.Module, asked: PromptPlan) -> list[str]:
+    try:
+        Reading(model, PROMPTS[asked.method].inputs)
+    except PlanError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse_alone(rank: int, method: str, *others: object) -> None:
+    """PlanError for what is said of layers where there is only a prompt."""
+    told = [f"method '{method}'"] if method != "lora" else []
+    told += [f"rank {rank}"] if rank != DEFAULT_RANK else []
+    told += [f"'{value}'" for value in others if value]
+    if told:
+        raise PlanError(f"a prompt alone has no layers, and {listed(told)} is for layers; name some, or leave it out")
 
 
 def matches_rule(spec: LayerSpec, rule: str) -> bool:

@@ -37,7 +37,7 @@ def truncate(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     if others:
         raise PlanError(f"only low-rank pairs can be truncated: {listed(others, 4)}")
     layers = {path: _truncated(layer, rank, energy) for path, layer in adapter.layers.items()}
-    return Adapter(layers, adapter.trained, {**adapter.meta, "truncated": {"rank": rank, "energy": energy}})
+    return replace(adapter, layers=layers, meta={**adapter.meta, "truncated": {"rank": rank, "energy": energy}})
 
 
 def _truncated(layer: AdaptedLayer, rank: int | None, energy: float | None) -> AdaptedLayer:

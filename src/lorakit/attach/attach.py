@@ -11,6 +11,7 @@ from lorakit.adapter import Adapter
 from lorakit.attach.drives import add_shadow, drop_shadow, install, remove
 from lorakit.attach.fresh import fresh
 from lorakit.attach.places import DRIVES, Modules, Place, check_base_of, inside_torch_layers, places_of, stand_ins_of
+from lorakit.attach.prompts import Prompts, check_prompt, put_prompt, take_prompt
 from lorakit.attach.slots import (
     Factors,
     Slot,
@@ -29,6 +30,7 @@ from lorakit.describe import locate, owner_of, walk
 from lorakit.errors import AttachError, UsageError, nearest
 from lorakit.method import METHODS, Measured
 from lorakit.plan import Plan
+from lorakit.reading import Reading
 from lorakit.whole import resolve_trained
 
 _RESERVED = {
@@ -42,6 +44,14 @@ _RESERVED = {
     *dir(nn.Module),
     *dir(Slot),
     *dir(Trained),
+    *dir(Prompts),
+    "cuts",
+    "handles",
+    "n_shown",
+    "packed",
+    "pair",
+    "standing",
+    "takes",
 }
 
 
@@ -80,7 +90,7 @@ def attach(
         raise UsageError(f"unknown drive '{drive}'{nearest(drive, DRIVES)}")
     if not isinstance(what, Plan | Adapter):
         raise UsageError(f"attach takes a Plan or an Adapter, not {type(what).__name__}")
-    if isinstance(what, Plan) and not what.layers and not what.trained:
+    if isinstance(what, Plan) and not (what.layers or what.trained or what.prompt):
         raise UsageError("the plan is empty: no layer to adapt and nothing to train; see lorakit.plan")
     found = {path: locate(model, path) for path in what.layers}
     adapter = fresh(model, what, found, seed, measured or {}) if isinstance(what, Plan) else what
@@ -89,6 +99,8 @@ def attach(
     own = isinstance(what, Plan)  # fresh factors fit by construction, and nobody else holds them
     places = places_of(model, adapter, found, inside_torch_layers(modules), drive, own)
     stand_ins = stand_ins_of(model, adapter)
+    if adapter.prompt is not None and not own:
+        check_prompt(model, adapter.prompt, Reading(model, adapter.prompt.inputs).sizes)
     if check_base and isinstance(what, Adapter):
         check_base_of(model, adapter, places)
     switch = make_switch(model)
@@ -102,6 +114,8 @@ def attach(
     switch.names[name] = tuple(place.path for place in places)
     switch.trained[name] = tuple(stand_ins)
     switch.meta[name] = adapter.meta
+    if adapter.prompt is not None:
+        put_prompt(model, switch, name, adapter.prompt, learn)
     switch.active = (name,)
     return switch.names[name]
 
@@ -219,6 +233,7 @@ def _take_away(model: nn.Module, switch: Switch, name: str) -> None:
         if not slot._modules:
             remove(module, slot)
             del module._modules[slot_name(parameter)]
+    take_prompt(model, switch, name)
     for full_name in switch.trained[name]:
         holder, _, trained = stand_in(model, full_name)
         trained._parameters.pop(name, None)

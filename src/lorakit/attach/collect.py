@@ -1,5 +1,7 @@
 """From a model back to a value: the attached adapter as an Adapter."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
@@ -39,10 +41,14 @@ def collect(model: nn.Module, name: str | None = None) -> Adapter:
             found.spec.peculiar,
             (*found.spec.batch, *found.spec.matrix),
         )
+    held = None if switch.prompts is None else switch.prompts._modules.get(name)
+    prompt = None
+    if held is not None:
+        prompt = replace(held.told, factors={key: _value(p) for key, p in held.named_parameters()})
     trained: dict[str, Tensor] = {}
     for full_name in switch.trained[name]:
         trained[full_name] = _value(stand_in(model, full_name).trained.parameter(name))  # type: ignore[arg-type]
-    return Adapter(layers, trained, dict(switch.meta[name]))
+    return Adapter(layers, trained, dict(switch.meta[name]), prompt)
 
 
 def _once(tensor: Tensor, values: dict[tuple[int, int], Tensor]) -> Tensor:

@@ -14,7 +14,9 @@ from lorakit.errors import PlanError, listed, nearest
 from lorakit.measure import refuse_unmeasured
 from lorakit.method import METHODS, Factors, Held, Measured, check_plan, settled, sharing
 from lorakit.plan import LayerPlan, Plan
+from lorakit.prompt import PROMPTS, Prompt, PromptPlan
 from lorakit.quantize import quantized_as
+from lorakit.reading import Reading, table_numbers
 from lorakit.update import AdaptedLayer, LayerSpec
 from lorakit.whole import resolve_trained
 
@@ -37,6 +39,7 @@ def fresh(
     measured: Mapping[str, Measured],
 ) -> Adapter:
     """`init` where the layers have been located already."""
+    reading = None if plan.prompt is None else Reading(model, PROMPTS[plan.prompt.settled().method].inputs)
     missing = [path for path, place in found.items() if place is None]
     faults = [f"the model has no layer '{path}'{nearest(path, (name for name, _ in walk(model)))}" for path in missing]
     places = {path: place for path, place in found.items() if place is not None}
@@ -54,15 +57,26 @@ def fresh(
         known = measured.get(path, Measured())
         layers[path] = _layer(place, entry, shared, known, _seeded(draw, seed, path))
     layers = _shared(layers, entries, {path: place.spec for path, place in places.items()})
+    known_by = [(path, place.numbers) for path, place in places.items()]
+    prompt = None
+    if plan.prompt is not None and reading is not None:
+        prompt = _prompt(plan.prompt.settled(), reading, _seeded(draw, seed, "prompt"))
+        known_by += table_numbers(model)
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
-        "base_fingerprint": fingerprint((path, place.numbers) for path, place in places.items()),
+        "base_fingerprint": fingerprint(known_by),
         "seed": seed,
         **({"quantized": dict(how)} if (how := quantized_as(model)) else {}),
         "lorakit": __version__,
     }
-    return Adapter(layers, {name: p.detach().clone() for name, p in resolve_trained(model, plan.trained).items()}, meta)
+    trained = {name: p.detach().clone() for name, p in resolve_trained(model, plan.trained).items()}
+    return Adapter(layers, trained, meta, prompt)
+
+
+def _prompt(plan: PromptPlan, reading: Reading, generator: torch.Generator) -> Prompt:
+    factors = PROMPTS[plan.method].init(plan, reading, generator)
+    return Prompt(plan.method, reading.sizes, factors, plan.start)
 
 
 _Alike = tuple[str, int, torch.device]  # method, rank, where
@@ -126,10 +140,11 @@ def _shared(
     return made
 
 
-def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
-    """Fingerprint of the base weights at these layer paths."""
+def base_fingerprint(model: nn.Module, paths: Iterable[str], prompt: bool = False) -> str:
+    """Fingerprint of the base weights at these layer paths; of an adapter with a prompt, of the input rows too."""
     places = ((path, locate(model, path)) for path in paths)
-    return fingerprint((path, place.numbers) for path, place in places if place is not None)
+    known_by = [(path, place.numbers) for path, place in places if place is not None]
+    return fingerprint(known_by + (table_numbers(model) if prompt else []))
 
 
 def _seeded(generator: torch.Generator, seed: int, path: str) -> torch.Generator:

@@ -11,6 +11,7 @@ from lorakit.describe import Found, is_added, owner_of, parent_of
 from lorakit.errors import AdapterError, BaseMismatchError, listed, nearest
 from lorakit.method import METHODS, not_called
 from lorakit.quantize import quantized_as
+from lorakit.reading import table_numbers
 from lorakit.update import AdaptedLayer, LayerSpec
 
 DRIVES = ("hook", "fused", "weight")
@@ -164,7 +165,9 @@ def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Modul
 
 def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -> None:
     wanted = adapter.base_fingerprint
-    if wanted and not same_base(wanted, fingerprint((place.path, place.found.numbers) for place in places)):
+    known_by = [(place.path, place.found.numbers) for place in places]
+    known_by += table_numbers(model) if adapter.prompt is not None else []
+    if wanted and not same_base(wanted, fingerprint(known_by)):
         how, now = (dict(note) for note in (adapter.meta.get("quantized") or {}, quantized_as(model)))
         if how != now:
             way = f"; it was made on them {_as(how)}, and this model has them {_as(now)}: quantize it likewise"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.attach.prompts import SEEN
 from lorakit.attach.slots import switch_of
 from lorakit.errors import NoEffectError
 from lorakit.update import same_tensor
@@ -46,6 +47,8 @@ def recorded(model: nn.Module) -> Iterator[list[str]]:
     """Yields a list that, after the block, names the layers whose active update did not run in it."""
     switch = switch_of(model)
     wanted = dict.fromkeys(path for name in switch.active for path in switch.names[name])
+    if switch.prompts is not None and switch.prompts.active() is not None:
+        wanted[SEEN] = None
     unseen: list[str] = []
     switch.seen = set()
     try:

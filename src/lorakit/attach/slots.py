@@ -36,6 +36,7 @@ class Switch:
         self.seen: set[str] | None = None  # paths whose update ran; recorded only while probing
         self.inputs: list[tuple[Any, Tensor]] | None = None  # (slot, input) of fused calls; recorded only on request
         self.merged: Any = None
+        self.prompts: Any = None  # attach/prompts.py: those of all attached adapters
         self.nested: dict[str, bool] = {}  # nn.TransformerEncoder paths whose nested-tensor path was switched off
 
 

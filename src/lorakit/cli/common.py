@@ -6,7 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.prompt import PromptPlan
 
 _USUAL = 80, 24  # columns and rows of a terminal that does not tell them
 _PAUSE_S = 10.0  # between lines that tell how far it is
@@ -86,6 +90,12 @@ def layer_arguments(parser: argparse.ArgumentParser) -> None:
         "--trained", action="append", default=[], metavar="NAME", help='module trained fully; "*" is the base'
     )
     group.add_argument("--clip-rank", action="store_true", help="lower the rank where a layer's side demands it")
+    group.add_argument(
+        "--soft-prompt",
+        metavar="METHOD[:N]",
+        help="rows that learn in front of every text: soft:20, prefix:20 ... (docs/methods.md); alone, if no --layers",
+    )
+    group.add_argument("--soft-prompt-words", metavar="TEXT", help="words that the prompt begins as")
 
 
 def rules_from(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +128,29 @@ def rules_from(args: argparse.Namespace) -> dict[str, Any]:
         "trained": args.trained,
         "bias": args.bias,
         "clip_rank": args.clip_rank,
+        "soft_prompt": _prompt_from(args),
     }
+
+
+def _prompt_from(args: argparse.Namespace) -> "PromptPlan | None":
+    from lorakit.errors import UsageError
+    from lorakit.prompt import PromptPlan
+
+    if args.soft_prompt is None:
+        if args.soft_prompt_words is not None:
+            raise UsageError("--soft-prompt-words says how a prompt begins; name one with --soft-prompt soft:20")
+        return None
+    found = PromptPlan.parse(args.soft_prompt)
+    found.settled()
+    return found
+
+
+def worded(rules: dict[str, Any], text: str | None, tokenizer: Any) -> dict[str, Any]:
+    """The rules with the words of the prompt, as the base's tokenizer has them."""
+    if text is None:
+        return rules
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {**rules, "soft_prompt": replace(rules["soft_prompt"], words=tuple(words))}
 
 
 def plan_flags_given(args: argparse.Namespace) -> list[str]:
@@ -131,6 +163,8 @@ def plan_flags_given(args: argparse.Namespace) -> list[str]:
         "scale": None,
         "start": None,
         "share": "",
+        "soft_prompt": None,
+        "soft_prompt_words": None,
     }
     defaults |= {"bias": "none", "trained": [], "clip_rank": False}
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]

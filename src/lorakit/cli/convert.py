@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> Reply:
     import torch
 
     from lorakit import peft_format
-    from lorakit.adapter import CONFIG, NOTES, WEIGHTS
     from lorakit.errors import AdapterError, UsageError
     from lorakit.fit.use import adapter_in
+    from lorakit.notes import CONFIG, NOTES, WEIGHTS
 
     out = Path(args.out)
     adapter = adapter_in(args.adapter)
@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> Reply:
     if args.to == "portable":
         left_out = sorted(adapter.trained)
         adapter = _portable(adapter)
-    reason = peft_format.why_no_twin(adapter.layers, adapter.trained) if args.to != "lorakit" else ""
+    reason = (
+        peft_format.why_no_twin(adapter.layers, adapter.trained, adapter.meta.get("peft"), adapter.prompt)
+        if args.to != "lorakit"
+        else ""
+    )
     if reason:
         raise AdapterError(f"{reason}; keep this adapter with --to lorakit")
     adapter.save(out)
@@ -65,6 +69,8 @@ def _portable(adapter: Any) -> Any:
     from lorakit.errors import AdapterError
     from lorakit.method import METHODS, layer_update
 
+    if adapter.prompt is not None:
+        raise AdapterError("a prompt is not portable, only low-rank pairs are; keep this adapter with --to lorakit")
     odd = sorted({x.method for x in adapter.layers.values() if not METHODS[x.method].exact_pair or "bias" in x.factors})
     if odd:
         raise AdapterError(f"only plain pairs are portable, and this adapter has {', '.join(odd)}; merge it instead")

@@ -39,6 +39,7 @@ from lorakit.cli.common import (
     say,
     size,
     speaks,
+    worded,
 )
 
 
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> Reply:
             starts = {layer.start for layer in given.layers.values()} if given else {rules.get("start") or ""}
             keep = any("original" in STARTS[start].needs for start in starts if start)
             say(f"base in {args.quantize}: {quantize(base.model, args.quantize, keep=keep)}")
-        plan = given or task.plan(base.model, **rules)
+        plan = given or task.plan(base.model, **worded(rules, args.soft_prompt_words, base.tokenizer))
         watch = _Watch(task)
         try:
             result = fit(

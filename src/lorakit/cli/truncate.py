@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> Reply:
     small.save(out)
     ranks = sorted({layer.rank for layer in small.layers.values()})
     cut = any(small.layers[path].rank < layer.rank for path, layer in adapter.layers.items())
-    text = f"{size(adapter.n_bytes)} -> {size(small.n_bytes)}, rank {'/'.join(map(str, ranks))}, written to {args.out}"
+    told = "/".join(map(str, ranks)) or "none"
+    text = f"{size(adapter.n_bytes)} -> {size(small.n_bytes)}, rank {told}, written to {args.out}"
     if not cut:
         text += "\nnote: nothing was cut: no layer has a greater rank than was asked for, and it is written as it was"
     return Reply(text, {"bytes_before": adapter.n_bytes, "bytes": small.n_bytes, "ranks": ranks, "out": args.out})

@@ -41,6 +41,7 @@ class Examples(ABC):
 
     lines: Sequence[int]
     pad: int = 0
+    extra: int = 0  # rows that a prompt puts in front of each text
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -118,10 +119,11 @@ class Tokens(Examples):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Tokens of each example, and what stands in front of them."""
+        lengths = [n + self.extra for n in self.text_lengths] if self.extra else self.text_lengths
         if self.each == 1:
-            return self.text_lengths
-        return [sum(self.text_lengths[k * self.each : (k + 1) * self.each]) for k in range(len(self))]
+            return lengths
+        return [sum(lengths[k * self.each : (k + 1) * self.each]) for k in range(len(self))]
 
     def texts(self, indices: Sequence[int]) -> list[int]:
         """Places of the texts of these examples."""

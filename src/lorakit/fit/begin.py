@@ -7,6 +7,7 @@ What was measured cannot be measured again to the bit, so factors that came of i
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class Beginning:
         try:
             entries = plan or self._goal.plan(net, trained=(head,) if head else ())
             if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
-                entries = Plan(entries.layers, (*entries.trained, head), entries.note)
+                entries = replace(entries, trained=(*entries.trained, head))
             entries, fresh = self._begun(entries)
             attach(net, entries if fresh is None else fresh, seed=self._settings.seed, trainable=True)
             forget(net)

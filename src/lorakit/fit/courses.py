@@ -25,6 +25,6 @@ def courses_of(model: nn.Module, n_steps: int) -> dict[str, Course]:
 
 
 def finished(adapter: Adapter) -> Adapter:
-    """The adapter as its methods leave it."""
+    """The adapter as its methods, and that of its prompt, leave it."""
     layers = {path: METHODS[layer.method].finished(layer) for path, layer in adapter.layers.items()}
-    return replace(adapter, layers=layers)
+    return replace(adapter, layers=layers, prompt=None if adapter.prompt is None else adapter.prompt.finished())

@@ -92,7 +92,7 @@ def harness(
         asked = HFLM, manager, list(tasks), limit, chat, task.note().get("max_length")
         adapted = _measured(own, *asked)
         plain = None
-        if adapter.layers or adapter.trained:  # a merged model has nothing to take off
+        if not adapter.is_empty:  # a merged model has nothing to take off
             with disabled(own.model):
                 plain = _measured(own, *asked)
     return Harness(adapted, plain, str(lm_eval.__version__))

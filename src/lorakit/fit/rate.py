@@ -15,6 +15,7 @@ from lorakit.fit.learner import Learner
 from lorakit.fit.loop import total_steps
 from lorakit.method import METHODS, settled
 from lorakit.plan import LayerPlan, Plan, resolve_scale
+from lorakit.prompt import PROMPTS
 from lorakit.whole import resolve_trained
 
 _LOWEST, _HIGHEST = 1e-5, 2e-2
@@ -46,7 +47,12 @@ def default_rate(learner: Learner, plan: Plan) -> Rate:
     value = 5e-4 * (2000 / width) ** 0.781
     told = [f"width {width}"]
     whole = _trains_base(learner, plan)
-    pace = statistics.median(_pace(layer) for layer in plan.layers.values()) if plan.layers else 1.0 if whole else _HEAD
+    if plan.layers:
+        pace = statistics.median(_pace(layer) for layer in plan.layers.values())
+    elif plan.prompt is not None:
+        pace = PROMPTS[plan.prompt.method].pace
+    else:
+        pace = 1.0 if whole else _HEAD
     told += [f"times {pace:.2g} for what learns"] if pace != 1 else []
     told += [f"times {_FULL:g} for pretrained weights that learn as a whole"] if whole else []
     value *= pace * (_FULL if whole else 1.0)

@@ -109,6 +109,7 @@ def fit(
         data = data if isinstance(data, Splits) else load_splits(data, read=kind.read, seed=chosen.seed)
         with gathered(all_seen=True):
             data, base = usable(data, lambda rows: _base(model, kind, rows.checked()))
+            base = _with_room(base, plan)
             known = data
             data, (goal, parts) = usable(
                 data, lambda rows: _ready(kind, rows if rows is known else rows.checked(), base, choices, chosen)
@@ -123,6 +124,9 @@ def fit(
         "base_bytes": sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())),
     }
     beginning = Beginning(net, goal, parts["train"], chosen, workers, place, resume)
+    for examples in parts.values():
+        if plan is not None and plan.prompt is not None:
+            examples.extra = plan.prompt.length
     with (
         placed(net, where, keep=keep),
         eval_mode(net),
@@ -133,7 +137,7 @@ def fit(
         identity = {
             "settings": chosen.values(),
             "plan": entries.toml(),
-            "base": base_fingerprint(net, entries.layers),
+            "base": base_fingerprint(net, entries.layers, entries.prompt is not None),
             "base_name": base.name,
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
             **named(goal),
@@ -230,6 +234,16 @@ def _refuse_adapted(base: Base) -> None:
 def _base(model: str | Path | Base, kind: type[Task], data: Splits[Any]) -> Base:
     kind.refuse_other(data.train)
     return model if isinstance(model, Base) else kind.base_for(str(model), data)
+
+
+def _with_room(base: Base, plan: Plan | None) -> Base:
+    """The base as texts see it that have a prompt in front of them."""
+    if plan is None or plan.prompt is None:
+        return base
+    room = base.max_length - plan.prompt.length
+    if room < 1:
+        raise UsageError(f"a prompt of {plan.prompt.length} rows leaves no room: '{base.name}' takes {base.max_length}")
+    return replace(base, max_length=room)
 
 
 def _ready(

@@ -59,7 +59,7 @@ class Talk:
         try:
             for name, (adapter, task) in self._runs.items():
                 task.prepare(self._base.model)
-                if adapter.layers or adapter.trained:  # a merged model has nothing to attach
+                if not adapter.is_empty:  # a merged model has nothing to attach
                     own = f"talk_{len(attached)}"
                     attach(self._base.model, adapter, name=own)
                     attached[name] = own

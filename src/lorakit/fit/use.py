@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter import WEIGHTS, Adapter, load
+from lorakit.adapter import Adapter, load
 from lorakit.attach import activate, active, attach, detach
 from lorakit.attach.slots import find_home
 from lorakit.data.batches import Examples
@@ -24,6 +24,7 @@ from lorakit.files import read_json, read_tensors
 from lorakit.fit.directory import unfinished
 from lorakit.fit.learner import scores_of
 from lorakit.fit.settings import Settings
+from lorakit.notes import WEIGHTS
 from lorakit.quantize import quantize
 from lorakit.tasks.base import Base, load_base
 from lorakit.tasks.task import Evaluated, Scores, Task, task_of

@@ -18,6 +18,7 @@ from lorakit.describe import locate
 from lorakit.errors import AdapterError, BaseMismatchError, PlanError
 from lorakit.linalg import effective_rank, energy_rank, product_svd, stable_rank
 from lorakit.method import Held, layer_update
+from lorakit.prompt import Prompt
 from lorakit.update import AdaptedLayer
 
 
@@ -44,10 +45,12 @@ class View:
     title: str
     layers: tuple[LayerView, ...]
     trained: dict[str, int]
+    prompt: str = ""
 
     def values(self) -> dict[str, Any]:
         """Plain values."""
-        return {"adapter": self.title, "layers": [asdict(layer) for layer in self.layers], "trained": self.trained}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"adapter": self.title, "layers": layers, "trained": self.trained, "prompt": self.prompt}
 
     def __str__(self) -> str:
         header = ("layer", "method", "rank", "effective", "stable", "90 %", "|delta|", "energy", "|delta|/|W|")
@@ -70,6 +73,10 @@ class View:
         for row in [header, tuple("-" * width for width in widths), *rows]:
             cells = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]
             lines.append("  ".join(cells).rstrip())
+        if not self.layers:
+            lines = [self.title]
+        if self.prompt:
+            lines += ["", f"prompt: {self.prompt}"]
         if self.trained:
             lines += ["", "trained fully: " + ", ".join(f"{name} ({n:,} numbers)" for name, n in self.trained.items())]
         if any(view.norm is None for view in self.layers):
@@ -93,7 +100,12 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
     """
     refuse_broken(adapter, "the adapter")
     known = adapter.base_fingerprint
-    if model is not None and check_base and known and not same_base(known, base_fingerprint(model, adapter.layers)):
+    if (
+        model is not None
+        and check_base
+        and known
+        and not same_base(known, base_fingerprint(model, adapter.layers, adapter.prompt is not None))
+    ):
         raise BaseMismatchError(
             f"this adapter{made_on(adapter)} was made for other weights than the given model has; pass that base"
         )
@@ -101,7 +113,17 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
     total = sum(view.norm**2 for view in views if view.norm is not None)
     if total > 0 and all(view.norm is not None for view in views):
         views = [LayerView(**{**asdict(view), "energy": (view.norm or 0.0) ** 2 / total}) for view in views]
-    return View(repr(adapter), tuple(views), {name: tensor.numel() for name, tensor in adapter.trained.items()})
+    trained = {name: tensor.numel() for name, tensor in adapter.trained.items()}
+    return View(repr(adapter), tuple(views), trained, _told(adapter.prompt))
+
+
+def _told(prompt: Prompt | None) -> str:
+    """What is in front of every text."""
+    if prompt is None:
+        return ""
+    norms = torch.linalg.vector_norm(prompt.rows.detach().float().flatten(1), dim=1)
+    where = "input rows" if prompt.inputs else f"keys and values in each of {prompt.sizes.layers} layers"
+    return f"{prompt.method}, {prompt.length} {where}, of norm {float(norms.min()):.3g} to {float(norms.max()):.3g}"
 
 
 def _spectrum(layer: AdaptedLayer, weight: Tensor | None) -> Tensor | None:

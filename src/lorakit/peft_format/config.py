@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakit.method import METHODS, Method
-from lorakit.peft_format import norms
+from lorakit.peft_format import norms, prompts
 
 Config = Mapping[str, Any]
 _CHECKED = (0, 21, 2)  # the newest peft of which is known how it applies out_proj (peft_layout.OUT_PROJ_TIMES)
@@ -40,7 +40,7 @@ _HARMLESS_CONFIGS = frozenset(
 
 def read_types() -> list[str]:
     """Every `peft_type` that is read."""
-    return sorted({norms.TYPE, *(method.peft_type for method in METHODS if method.peft_type)})
+    return sorted({norms.TYPE, *prompts.types(), *(method.peft_type for method in METHODS if method.peft_type)})
 
 
 def is_of(method: Method, config: Config) -> bool:

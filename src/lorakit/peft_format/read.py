@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.errors import AdapterError, listed
 from lorakit.method import METHODS, Told
-from lorakit.peft_format import norms
+from lorakit.peft_format import norms, prompts
 from lorakit.peft_format.config import (
     Ranks,
     foreign_faults,
@@ -37,6 +37,7 @@ from lorakit.peft_format.names import (
     wrapped_parameter,
 )
 from lorakit.peft_layout import OUT_PROJ_TIMES, kind_of_pair, out_proj_share, pair_from_peft, stored_shape
+from lorakit.prompt import Prompt
 from lorakit.update import AdaptedLayer
 
 _CONV = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
@@ -47,7 +48,7 @@ _EMBEDDINGS = frozenset(  # what PEFT saves with save_embedding_layers, by the n
 _ROOT = "base_model."
 
 Layers = Mapping[str, AdaptedLayer]
-Decoded = tuple[dict[str, AdaptedLayer], dict[str, Tensor]]
+Decoded = tuple[dict[str, AdaptedLayer], dict[str, Tensor], Prompt | None]
 
 
 def decode(
@@ -57,7 +58,7 @@ def decode(
     known: Layers | None = None,
     known_trained: frozenset[str] | None = None,
 ) -> Decoded:
-    """Layers and fully trained parameters from PEFT's tensors and configuration.
+    """Layers, fully trained parameters and a prompt from PEFT's tensors and configuration.
 
     `known`: the layers that must be there, without factors, and `known_trained` the parameters, where notes tell them;
     otherwise the names and the configuration do. Raises AdapterError that lists every fault: unknown tensor, missing
@@ -65,7 +66,9 @@ def decode(
     """
     peft_type = config.get("peft_type")
     if peft_type == norms.TYPE:
-        return {}, norms.decode(tensors, source)
+        return {}, norms.decode(tensors, source), None
+    if peft_type in prompts.types():
+        return {}, *prompts.decode(tensors, config, source)
     if peft_type not in read_types():
         raise AdapterError(f"{source}: peft_type is {peft_type!r}; lorakit reads {', '.join(read_types())}")
     faults = foreign_faults(config)
@@ -97,7 +100,7 @@ def decode(
     if faults:
         raise AdapterError(f"{source}: {listed(faults)}")
     _undo_out_proj(layers, hosts, known)
-    return layers, trained
+    return layers, trained, None
 
 
 def _common(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.method import METHODS
-from lorakit.peft_format import norms
+from lorakit.peft_format import norms, prompts
 from lorakit.peft_format.config import Config, is_saved
 from lorakit.peft_format.names import PREFIX, NoTwinError, Wrapped, attention_host
 from lorakit.peft_layout import OUT_PROJ_TIMES, alpha_of, out_proj_share, pattern
+from lorakit.prompt import Prompt
 from lorakit.update import AdaptedLayer
 
 _TELL_CONV1D = ("FOURIERFT", "HIRA", "IA3", "LORA", "RANDLORA", "VERA")
@@ -28,25 +29,40 @@ Encoded = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def encode(
-    layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept: Mapping[str, Any] | None = None
+    layers: Layers,
+    trained: Mapping[str, Tensor],
+    base_name: str,
+    kept: Mapping[str, Any] | None = None,
+    prompt: Prompt | None = None,
 ) -> Encoded | None:
     """Tensors and configuration as PEFT writes them; None where PEFT has no twin for this adapter."""
     try:
-        return _encode(layers, trained, base_name, kept or {})
+        return _encode(layers, trained, base_name, kept or {}, prompt)
     except NoTwinError:
         return None
 
 
-def why_no_twin(layers: Layers, trained: Mapping[str, Tensor]) -> str:
+def why_no_twin(
+    layers: Layers,
+    trained: Mapping[str, Tensor],
+    kept: Mapping[str, Any] | None = None,
+    prompt: Prompt | None = None,
+) -> str:
     """Why PEFT has no twin for this adapter; '' if it has one."""
     try:
-        _encode(layers, trained, "", {})
+        _encode(layers, trained, "", kept or {}, prompt)
     except NoTwinError as error:
         return str(error)
     return ""
 
 
-def _encode(layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept: Mapping[str, Any]) -> Encoded:
+def _encode(
+    layers: Layers, trained: Mapping[str, Tensor], base_name: str, kept: Mapping[str, Any], prompt: Prompt | None
+) -> Encoded:
+    if prompt is not None:
+        if layers:
+            raise NoTwinError("PEFT has low-rank layers or a prompt in an adapter, not both")
+        return prompts.encode(prompt, trained, base_name, kept)
     if not layers:
         return norms.encode(trained, base_name, kept)
     methods = {layer.method for layer in layers.values()}

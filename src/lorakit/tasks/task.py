@@ -89,8 +89,8 @@ class Task(ABC):
 
     @classmethod
     def plan(cls, model: nn.Module, rank: int = 8, layers: Rules | None = None, **rules: Any) -> Plan:
-        """What learns, by the rules of `lorakit.plan`; every matrix where `layers` says nothing."""
-        return make_plan(model, rank, layers or "all-linear", **rules)
+        """What learns, by the rules of `lorakit.plan`."""
+        return make_plan(model, rank, layers or None, **rules)
 
     @classmethod
     @abstractmethod

@@ -83,9 +83,13 @@ def attention(
     now.n_calls[0] += 1
     if few is not None and not len(few.rows):
         return query.transpose(1, 2), None  # nobody reads it
+    before = now.before
     if few is not None and few.caught is not None:
         q, k, v, scores = few.caught
-        y = segment_attention(q[:, few.rows.to(q.device)], k, v, now.starts, scores, few.asking)
+        starts, places = now.starts, few.asking.places
+        if before is not None and places is not None:
+            starts, places = before.starts, places + len(before.states)
+        y = segment_attention(q[:, few.rows.to(q.device)], k, v, starts, scores, Asking(few.asking.starts, places))
         return y.transpose(0, 1).unsqueeze(0), None
     b, _, n, d = query.shape
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -103,11 +107,17 @@ def attention(
         raise CannotPackError("its attention looks through a window to both sides")
     scores = Scores(scale, causal, sliding_window or 0, softcap or 0.0, position_bias)
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+    asking: Asking | None = None
+    if before is not None:
+        if position_bias is not None or not hasattr(module, "layer_idx"):
+            raise CannotPackError("its attention takes no keys in front of a text")
+        k, v = before.joined(module.layer_idx, k, v)  # type: ignore[arg-type]
+        asking = Asking(now.starts, before.places if causal else None)
     if few is not None:
         few.caught = q, k, v, scores
         raise CaughtError
-    starts = now.starts if each == 1 else now.starts * each
-    y = segment_attention(q, k, v, starts, scores)
+    starts = before.starts if before is not None else now.starts if each == 1 else now.starts * each
+    y = segment_attention(q, k, v, starts, scores, asking)
     return y.transpose(0, 1).reshape(b, n, *y.shape[::2]), None
 
 

@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.trunk.front import laid, standing
 from lorakit.trunk.prefix import Prefix
 from lorakit.trunk.segments import Segments, inside
 from lorakit.trunk.trunk import Trunk, filled
@@ -41,23 +43,27 @@ class PairTrunk(Trunk):
 
     def _packed(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         parts = _apart(ids, segments)
+        front, device = self._front(), self._device()
+        asked, sources, _, kept = laid(front, *parts[0], None, self.pad)
+        n, own = len(asked), sources
         (asked, sources), (given, targets) = (
-            filled(*part, self.pad, least=1) for part in parts
+            filled(*part, self.pad, least=1) for part in ((asked, sources), parts[1])
         )  # one text more in each
-        device = self._device()
-        with inside(sources):
+        with standing(self._prompts, front, own), inside(sources):
             encoded = self._run(0, input_ids=asked.to(device)[None])
         with inside(replace(targets, sources=sources)):
             decoded = self._run(1, input_ids=given.to(device)[None], encoder_hidden_states=encoded, use_cache=False)
-        return _together(encoded[0, : len(parts[0][0])], decoded[0, : len(parts[1][0])], segments)
+        state = encoded[0, :n] if kept is None else encoded[0, kept.to(device)]
+        return _together(state, decoded[0, : len(parts[1][0])], segments)
 
     def _padded(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         both = [own.padded(part, self.pad) for part, own in _apart(ids, segments)]
         (asked, seen), (given, known) = ((rows.to(self._device()), mask.to(self._device())) for rows, mask in both)
         encoded = self._run(0, input_ids=asked, attention_mask=seen)
-        states = {"encoder_hidden_states": encoded, "encoder_attention_mask": seen}
+        v = encoded.shape[1] - asked.shape[1]  # rows of a prompt, which the decoder sees too
+        states = {"encoder_hidden_states": encoded, "encoder_attention_mask": F.pad(seen, (v, 0), value=1)}
         decoded = self._run(1, input_ids=given, attention_mask=known, **states, use_cache=False)
-        return _together(encoded[seen.bool()], decoded[known.bool()], segments)
+        return _together(encoded[:, v:][seen.bool()], decoded[known.bool()], segments)
 
     def _run(self, k: int, **given: Any) -> Tensor:
         state: Tensor = self._stacks[k](**given).last_hidden_state

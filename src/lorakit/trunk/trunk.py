@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorakit.attach.groups import Groups, inputs_recorded, make_groups
+from lorakit.attach.prompts import Front, Prompts
 from lorakit.attach.slots import find_home, switch_of
 from lorakit.device import fast_dtype
 from lorakit.errors import UsageError, nearest
+from lorakit.reading import body_of
 from lorakit.trunk.blocks import Blocks, Call, stack_of
+from lorakit.trunk.front import behind, laid, standing
 from lorakit.trunk.lean import Lean
 from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
 from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.packing import CannotPackError, packed
 from lorakit.trunk.place import dtype_of, place_of
 from lorakit.trunk.prefix import Prefix
-from lorakit.trunk.segments import Segments, inside
+from lorakit.trunk.segments import Segments, inside, own_rows
 from lorakit.trunk.shards import Peers, Shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,8 +70,7 @@ class Trunk:
         self.model = model
         self._home = home or model
         self.head = head
-        body = getattr(model, "base_model", model) if hasattr(model, "base_model_prefix") else model
-        self._body: nn.Module = body  # of a causal LM, what comes before its head
+        self._body = body_of(model)
         self._stacks = [self._body]
         self.precision, self.dtype = dtype, DTYPES[dtype]
         self.pad = pad
@@ -86,6 +88,7 @@ class Trunk:
         self._offset = 0
         self._keep = keep
         self._peers: Peers | None = None
+        self._prompts: Prompts | None = None
         self.shards: list[Shards] = []
         self._stack = ExitStack()
 
@@ -96,6 +99,7 @@ class Trunk:
                 if not self._reads_images:
                     keep_few_kernels()
             stack.enter_context(eval_mode(self.model))
+            self._prompts = switch_of(self._home).prompts if find_home(self._home) is not None else None
             self._begin_packing(stack)  # proved in the dtype that the model came in
             self._cast(stack)
             self._begin_shards(stack)
@@ -135,7 +139,11 @@ class Trunk:
         elif self._blocks is None:
             state = self._packed(ids, segments, types)
         else:
-            call = Call(reads if self.trims else None)
+            front = self._front()
+            if front is not None and front.n_inputs and reads is not None:
+                call = Call(own_rows(segments, front.n_inputs)[reads] if self.trims else None)
+            else:
+                call = Call(reads if self.trims else None)
             if prefix is not None:
                 call.depth, call.keep = self.depth, True
                 if prefix.has(texts):
@@ -201,14 +209,20 @@ class Trunk:
     def _packed(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         if self._reads_images:
             return self._of_images(ids, segments)
-        device, n = self._device(), segments.n_tokens
-        positions = segments.positions() + self._offset
+        front, device = self._front(), self._device()
+        ids, segments, types, kept = laid(front, ids, segments, types, self.pad)
+        n = segments.n_tokens
+        positions = segments.positions() + self._offset + (front.n_states if front is not None else 0)
         ids, padded = filled(ids, segments, self.pad)
         positions = F.pad(positions, (0, len(ids) - n)).to(device)[None]
         more = {} if types is None else {"token_type_ids": F.pad(types, (0, len(ids) - n)).to(device)[None]}
-        with inside(padded):
+        with standing(self._prompts, front, segments), inside(behind(front, padded)):
             state: Tensor = self._body(input_ids=ids.to(device)[None], position_ids=positions, **more).last_hidden_state
-        return state.squeeze(0)[:n]
+        return state.squeeze(0)[:n] if kept is None else state.squeeze(0)[kept.to(device)]
+
+    def _front(self) -> Front | None:
+        """What an active prompt puts in front of every text."""
+        return None if self._prompts is None else self._prompts.active()
 
     def _padded(self, ids: Tensor, segments: Segments, types: Tensor | None = None) -> Tensor:
         if self._reads_images:
@@ -328,7 +342,7 @@ class Trunk:
             wanted = self.hidden(ids, segments)[reads]
             self._blocks = Blocks(self._body)
             stack.callback(self._blocks.release)
-            self.depth = _frozen_depth(self._body, blocks, self.head)
+            self.depth = _frozen_depth(self._body, blocks, self.head) if self._front() is None else 0
             self.trims = True
             try:
                 found = self.hidden(ids, segments, reads)
