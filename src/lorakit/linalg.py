@@ -61,21 +61,6 @@ def product_norm(b: Tensor, a: Tensor) -> Tensor:
     return norm
 
 
-def row_norms(weight: Tensor, b: Tensor, a: Tensor, scale: float, weight_squared: Tensor | None = None) -> Tensor:
-    """Euclidean norm of every row of `weight + scale * b @ a` (o,), without forming the sum.
-
-    `|w|^2 + 2 s (W a^T) . b + s^2 b (a a^T) . b`, row by row; `weight_squared` is `|w|^2` (o,) where it is known.
-    The result has the dtype of the factors; a weight in half precision is read as it is, never copied wider. A
-    rounding error can make a square slightly negative when a row nearly vanishes: it counts as 0.
-    """
-    if weight_squared is None:
-        wide = torch.promote_types(weight.dtype, a.dtype)
-        weight_squared = torch.linalg.vector_norm(weight, dim=-1, dtype=wide).square().to(a.dtype)
-    cross = ((weight @ a.mT.to(weight.dtype)).to(a.dtype) * b).sum(-1)
-    own = ((b @ (a @ a.mT)) * b).sum(-1)
-    return (weight_squared + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt()
-
-
 def relative_error(found: Tensor, wanted: Tensor, beside: Tensor | None = None) -> float:
     """`|found - wanted| / |beside|` (Frobenius), `beside` being `wanted` if not given; 0 where that is zero."""
     size = float(torch.linalg.vector_norm(_computable(wanted if beside is None else beside)))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorakit.course import Course
 from lorakit.errors import PlanError, nearest
+from lorakit.kernels.norms import row_squares
 from lorakit.peft_layout import alpha_of, pattern
 from lorakit.plan import LayerPlan, Plan, resolve_scale
 from lorakit.registry import Registry
@@ -33,6 +34,10 @@ class ReadWeight(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __call__(self) -> Tensor: ...
+
+    def row_squares(self) -> Tensor:
+        """`|w|^2` of every row `(.., o)`."""
+        ...
 
 
 class Measured(NamedTuple):
@@ -64,6 +69,10 @@ class Held(NamedTuple):
 
     def __call__(self) -> Tensor:
         return self.weight
+
+    def row_squares(self) -> Tensor:
+        """`|w|^2` of every row `(.., o)`."""
+        return row_squares(self.weight)
 
 
 class Told(NamedTuple):
@@ -379,6 +388,9 @@ class _NotHere:
 
     def __call__(self) -> Tensor:
         raise PlanError(f"method '{self._layer.method}' needs the base weight to say its update; pass the model")
+
+    def row_squares(self) -> Tensor:
+        return self()
 
 
 def layer_update(layer: AdaptedLayer, weight: ReadWeight | None = None) -> Update:

@@ -161,6 +161,49 @@ def group(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Laye
     return torch.randn(7, i, generator=g, dtype=torch.float64).to(dtype), layers
 
 
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_gains_have_the_gradients_of_autograd(n: int, merges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.kernels.lora._pays_to_merge", lambda *_: merges)
+    x, layers = group(n)
+    gains = [torch.randn(len(layer.b), dtype=torch.float64).sign() * (0.5 + k) for k, layer in enumerate(layers)]
+
+    def leaves() -> list[Tensor]:
+        factors = [t for layer, gain in zip(layers, gains) for t in (layer.a, layer.b, layer.bias, gain)]
+        return [t.clone().requires_grad_() for t in (x, *factors) if t is not None]
+
+    found, alone = leaves(), leaves()
+
+    def gained(own: list[Tensor]) -> list[Layer]:
+        rest = iter(own[1:])
+        made = []
+        for layer in layers:
+            a, b = next(rest), next(rest)
+            bias = None if layer.bias is None else next(rest)
+            made.append(layer._replace(a=a, b=b, bias=bias, gain=next(rest)))
+        return made
+
+    ys = lora_group(found[0], gained(found))
+    zs = [
+        plain(alone[0], layer.weight, None, *layer[2:5]) * layer.gain + (0 if layer.bias is None else layer.bias)
+        for layer in gained(alone)
+    ]
+    for y, z in zip(ys, zs):
+        assert torch.allclose(y, z, atol=1e-12)
+    sum((y.square().sum() for y in ys), torch.zeros(())).backward()
+    sum((z.square().sum() for z in zs), torch.zeros(())).backward()
+    for one, other in zip(found, alone):
+        assert torch.allclose(one.grad, other.grad, atol=1e-9)  # type: ignore[arg-type]
+    windows = [torch.ones_like(gain) for gain in gains]
+    factors = [(torch.zeros_like(layer.a), torch.zeros_like(layer.b)) for layer in layers]
+    now = ready([layer[2:5] for layer in layers], torch.float64)._replace(into=tuple(factors), gains=tuple(windows))
+    own = [layer._replace(gain=gain.requires_grad_()) for layer, gain in zip(layers, gains)]
+    sum((y.square().sum() for y in lora_group(x, own, now)), torch.zeros(())).backward()
+    wanted = [layer.gain.grad for layer in gained(alone)]
+    for window, gradient in zip(windows, wanted):
+        assert torch.allclose(window, gradient + 1, atol=1e-9)
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["ready", "cast"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_group_gives_what_its_layers_give_alone(n: int, given: bool) -> None:

@@ -45,13 +45,19 @@ def near(found: Tensor, exact: Tensor) -> bool:
     return float((found.double() - exact).abs().max()) <= 0.01 * float(exact.abs().max()) + 1e-6  # 2^-8, and a little
 
 
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pairs_are_added_to_every_output(way: str, shape: tuple[int, ...]) -> None:
+def test_pairs_are_added_to_every_output(way: str, shape: tuple[int, ...], gained: bool) -> None:
     case = Case(*shape)  # type: ignore[arg-type]
+    gains = [torch.randn(o) if gained and k != 1 else None for k, o in enumerate(case.outs)]
+    biases = [torch.randn(o).bfloat16() if k == 0 else None for k, o in enumerate(case.outs)]
     exact = [
         y.double() + s.double() @ b.double() for y, s, b in zip(case.ys, case.s.split_with_sizes(case.wide, 1), case.b)
     ]
-    s = kernel.add_pairs(case.x, case.a, case.b, case.ys)
+    for k, (gain, bias) in enumerate(zip(gains, biases)):
+        if gain is not None:
+            exact[k] = exact[k] * gain.double() + (0.0 if bias is None else bias.double())
+    s = kernel.add_pairs(case.x, case.a, case.b, case.ys, gains, biases)
     assert near(s, case.x.double() @ case.a.double().T)
     assert all(near(y, right) for y, right in zip(case.ys, exact))
 

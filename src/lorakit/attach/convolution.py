@@ -74,7 +74,7 @@ class Convolution(Group):
         self._made = None
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        layer = Layer(self.weight, self.bias, *self.pairs()[0], self.packed[0])
+        layer = Layer(self.weight, self.bias, *self.pairs()[0], packed=self.packed[0])
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.is_product:
             return (lora_conv(x, layer, self.geometry, self.now, self.gain),)

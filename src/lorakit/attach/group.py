@@ -14,13 +14,17 @@ Member = tuple[nn.Module, Slot, Factors]
 
 
 class Group:
-    """Layers with one input, under one adapter. `now` are their factors as the products take them (see `refresh`)."""
+    """Layers with one input, under one adapter. `now` are their factors as the products take them (see `refresh`).
+
+    While it is not `steady`, a gain being too near 0 for the products, every layer runs by itself.
+    """
 
     def __init__(self, members: Sequence[Member], dtype: torch.dtype, packs: bool) -> None:
         self.members = list(members)
         self.index = {id(slot): k for k, (_, slot, _) in enumerate(self.members)}
         self.readers = [WeightReader(module, slot.parameter, slot.kind) for module, slot, _ in members]
         self.packed = [pack(reader.operand()) if packs else None for reader in self.readers]
+        self.steady = True
         self._x: tuple[Any, ...] = ()
         self._parts: list[Tensor | None] = []
         self.now = self._room(dtype)
@@ -38,6 +42,10 @@ class Group:
         found = [factors.pair(reader) for (_, _, factors), reader in zip(self.members, self.readers)]
         return [pair for pair in found if pair is not None]
 
+    def gains(self) -> list[Tensor]:
+        """What multiplies outputs."""
+        return [pair.gain for pair in self.pairs() if pair.gain is not None]
+
     def targets(self) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
         """Where each factor has to be copied: (place, factor, what it is multiplied by)."""
         row = 0
@@ -50,7 +58,8 @@ class Group:
     def takes(self, slot: Slot, factors: Factors, x: Tensor) -> bool:
         """This call is one for the group."""
         return (
-            self.members[self.index[id(slot)]][2] is factors
+            self.steady
+            and self.members[self.index[id(slot)]][2] is factors
             and x.dtype == self.now.a.dtype
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
@@ -82,5 +91,5 @@ class Group:
     def _layers(self) -> list[Layer]:
         layers = []
         for (module, _, _), reader, pair, packed in zip(self.members, self.readers, self.pairs(), self.packed):
-            layers.append(Layer(reader.operand(), module.bias, *pair, packed))  # type: ignore[arg-type]
+            layers.append(Layer(reader.operand(), module.bias, *pair, packed=packed))  # type: ignore[arg-type]
         return layers

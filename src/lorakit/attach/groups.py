@@ -14,6 +14,7 @@ from lorakit.attach.convolution import Convolution, alike, norms_seen
 from lorakit.attach.group import Group, Member
 from lorakit.attach.once import Once
 from lorakit.attach.slots import Factors, Slot, WeightReader, slots_of, switch_of
+from lorakit.kernels.gains import fit
 from lorakit.kernels.maps import Geometry
 
 
@@ -46,6 +47,9 @@ class Groups:
     def refresh(self) -> None:
         """Takes over what the factors are now; to be called whenever they have changed."""
         self.once.refresh()
+        steady = fit([gain for group in self.groups for gain in group.gains()])
+        for group in self.groups:
+            group.steady = steady or fit(group.gains())
         if self._places:
             scaled = [(factor if _is_one(by) else factor * by).view_as(place) for place, factor, by in self._places]
             torch._foreach_copy_([place for place, _, _ in self._places], scaled)
@@ -55,9 +59,14 @@ class Groups:
         nothing; a step then begins with `clear` and ends with `settle`."""
         self.once.stand(on)
         for group in self.groups:
-            pairs = [pair[:2] for pair in group.pairs()] if on else []
-            ready = all(tensor.grad is not None for pair in pairs for tensor in pair if tensor.requires_grad)
-            group.now = group.now._replace(into=tuple((a.grad, b.grad) for a, b in pairs) if ready else ())
+            pairs = group.pairs() if on else []
+            learning = [t for a, b, _, gain in pairs for t in (a, b, gain) if t is not None and t.requires_grad]
+            if not on or any(tensor.grad is None for tensor in learning):
+                group.now = group.now._replace(into=(), gains=())
+                continue
+            into = tuple((a.grad, b.grad) for a, b, _, _ in pairs)
+            gains = tuple(None if gain is None else gain.grad for *_, gain in pairs)
+            group.now = group.now._replace(into=into, gains=gains)
 
     def clear(self) -> None:
         """Forgets gradients that were not settled."""
@@ -137,4 +146,6 @@ def _group(members: Sequence[Member], dtype: torch.dtype, packs: bool) -> Group:
 def _runs(module: nn.Module, factors: Factors, reader: WeightReader) -> bool:
     trained = any(name.startswith("trained_") for name in module._modules)
     with torch.no_grad():
-        return factors.pair(reader) is not None and not trained
+        pair = factors.pair(reader)
+    plain = pair is not None and (pair.gain is None or Geometry.of(module) is None)
+    return plain and not trained

@@ -12,7 +12,9 @@ def looked_up(layer: nn.Embedding, places: Tensor) -> Rows:
     slot = layer._modules.get("adapters")
     slot = slot if isinstance(slot, Slot) and _alone(layer, slot) else None
     active = slot.active() if slot else []
-    pair = active[0].pair(WeightReader(layer, "weight", slot.kind)) if slot and len(active) == 1 else None
+    pair = None
+    if slot and len(active) == 1 and active[0].method.exact_pair:
+        pair = active[0].pair(WeightReader(layer, "weight", slot.kind))
     if pair is None:
         return Rows(layer(places))
     w = nn.functional.embedding(places, layer.weight)

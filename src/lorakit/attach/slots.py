@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import AttachError
+from lorakit.kernels.norms import row_squares
 from lorakit.kernels.products import Coded
 from lorakit.kinds import Kind
 from lorakit.method import Method
@@ -57,11 +58,12 @@ def _begin(module: nn.Module, **own: Any) -> None:
 
 
 class Pair(NamedTuple):
-    """`a (r, i)`, `b (o, r)`, and what multiplies them."""
+    """`a (r, i)`, `b (o, r)`, what multiplies them, and what multiplies the output `(o,)`, bias left out; None: 1."""
 
     a: Tensor
     b: Tensor
     scale: float
+    gain: Tensor | None = None
 
 
 class Factors(nn.Module):
@@ -151,17 +153,17 @@ class Factors(nn.Module):
         return self.method.plain and len(self.tensors()) == 2
 
     def pair(self, weight: "WeightReader") -> Pair | None:
-        """The low-rank pair that the products read, where the update is nothing else; None where it is more."""
+        """The pair that the products read, and its gain, where the update is nothing else; None where it is more."""
         if self.method.plain:
             tensors = self.tensors()
             if len(tensors) == 2:
                 return Pair(tensors["a"], tensors["b"], self.scale)
-        if not self.method.exact_pair:
-            return None
         update = self.update(weight)
         a, b = update.a, update.b
-        alone = update.is_pair and update.bias is None
-        return Pair(a, b, update.scale) if alone and a is not None and b is not None else None
+        more = update.dense is not None or update.gain_in is not None or update.bias is not None
+        if more or a is None or b is None or update.gain_covers_bias or not update.is_linear:
+            return None
+        return Pair(a, b, update.scale, update.gain)
 
     def train(self, mode: bool = True) -> "Factors":
         self.cached = None
@@ -257,6 +259,10 @@ class WeightReader:
 
     def __call__(self) -> Tensor:
         return self.kind.canonical(self.module, self.stored())
+
+    def row_squares(self) -> Tensor:
+        """`|w|^2` of every row `(.., o)`."""
+        return row_squares(self())
 
     def operand(self) -> Tensor | Coded:
         """The weight as products take it."""

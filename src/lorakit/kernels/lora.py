@@ -1,4 +1,4 @@
-"""Linear layers that read one input, and their pairs: `y_k = W_k x + bias_k + scale_k * b_k (a_k x)`, by hand.
+"""Linear layers that read one input, and their pairs: `y_k = gain_k (W_k x + scale_k b_k (a_k x)) + bias_k`, by hand.
 
 One autograd function for a single layer and for a group (q, k, v; gate, up). What it saves against the plain
 composition: no `(n, o)` temporary for the pair (it is added in place), no scaled copy, no separate input gradients to
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.kernels.gains import gain_gradients
 from lorakit.kernels.products import Coded, Packed, dense, input_gradient, linear
 from lorakit.kernels.thin import Into, add_pairs, pair_gradients
 
@@ -34,22 +35,24 @@ class Ready(NamedTuple):
 
     `into` are windows for the gradients of each `a (r, i)` and `b (o, r)`, None for what is frozen. Where they are
     given the backward adds to them, and autograd gets none: the casts and copies on its way are as many as the
-    products.
+    products. `gains` are windows for the gradients of gains.
     """
 
     a: Tensor
     b: tuple[Tensor, ...]
     into: tuple[Into, ...] = ()
+    gains: tuple[Tensor | None, ...] = ()
 
 
 class Layer(NamedTuple):
-    """One layer of a group. `weight (o, i)`, `bias (o,)` or None, `a (r, i)`, `b (o, r)`."""
+    """One layer of a group. `weight (o, i)`, `bias (o,)` or None, `a (r, i)`, `b (o, r)`, `gain (o,)` or None."""
 
     weight: Tensor | Coded
     bias: Tensor | None
     a: Tensor
     b: Tensor
     scale: float
+    gain: Tensor | None = None
     packed: Packed | None = None
 
 
@@ -76,32 +79,36 @@ def _pays_to_merge(x: Tensor, weights: Sequence[Tensor | Coded]) -> bool:
     return x.shape[0] * (i + outs) > 2 * i * outs
 
 
-def _merged(weights: Sequence[Tensor | Coded], now: Ready) -> Tensor:
-    """All `W + scale b a` of the group in one new matrix (sum of o, i)."""
+def _merged(weights: Sequence[Tensor | Coded], now: Ready, gains: Sequence[Tensor | None]) -> Tensor:
+    """All `gain (W + scale b a)` of the group in one new matrix (sum of o, i)."""
     whole = torch.empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=now.a.dtype)
     row = column = 0
-    for weight, b in zip(weights, now.b):
+    for weight, b, gain in zip(weights, now.b, gains):
         r, o = b.shape
-        torch.addmm(dense(weight, now.a.dtype), b.T, now.a[column : column + r], out=whole[row : row + o])
+        part = whole[row : row + o]
+        torch.addmm(dense(weight, now.a.dtype), b.T, now.a[column : column + r], out=part)
+        if gain is not None:
+            part.mul_(gain[:, None])
         row, column = row + o, column + r
     return whole
 
 
 class _Group(torch.autograd.Function):
-    """Inputs: x, (scales, Ready or None, packed weights), then for each layer weight, bias, a, b."""
+    """Inputs: x, (scales, Ready or None, packed weights), then for each layer weight, bias, a, b, gain."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: Any, *tensors: Any) -> Any:
         scales, given, packed = how
-        weights, biases, a, b = (tensors[k::4] for k in range(4))
+        weights, biases, a, b, gains = (tensors[k::5] for k in range(5))
         now = given or ready(list(zip(a, b, scales)), x.dtype)
         if _pays_to_merge(x, weights):
             s, sizes = linear(x, now.a), [w.shape[0] for w in weights]
-            parts = linear(x, _merged(weights, now), _joined_bias(biases, sizes, x)).split_with_sizes(sizes, 1)
+            parts = linear(x, _merged(weights, now, gains), _joined_bias(biases, sizes, x)).split_with_sizes(sizes, 1)
         else:
-            parts = tuple(linear(x, *one) for one in zip(weights, biases, packed))
-            s = add_pairs(x, now.a, now.b, parts)
-        ctx.save_for_backward(x, s, *(w if isinstance(w, Tensor) else None for w in weights), *a, *b)
+            parts, s = _computed(x, weights, biases, gains, packed, now)
+        kept = [(y, bias) if gain is not None else (None, None) for y, bias, gain in zip(parts, biases, gains)]
+        held = [w if isinstance(w, Tensor) else None for w in weights]
+        ctx.save_for_backward(x, s, *held, *a, *b, *gains, *(t for pair in kept for t in pair))
         ctx.scales, ctx.given, ctx.packed = scales, given, packed
         ctx.coded = [None if isinstance(w, Tensor) else w for w in weights]
         return parts if len(parts) > 1 else parts[0]
@@ -112,26 +119,46 @@ class _Group(torch.autograd.Function):
         x, s, *rest = ctx.saved_tensors
         n = len(dys)
         weights = [coded or weight for coded, weight in zip(ctx.coded, rest[:n])]
-        a, b = rest[n : 2 * n], rest[2 * n :]
+        a, b, gains, kept = rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n : 4 * n], rest[4 * n :]
         now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
         merge = _pays_to_merge(x, weights)
+        needs = [ctx.needs_input_grad[5 * k + 2 : 5 * k + 7] for k in range(n)]
+        into_gains = now.gains or tuple(torch.zeros_like(g) if need[4] else None for g, need in zip(gains, needs))
+        given = dys
+        dys = tuple(
+            dy if gain is None else gain_gradients(dy, y, gain, bias, dgain)
+            for dy, gain, y, bias, dgain in zip(dys, gains, kept[::2], kept[1::2], into_gains)
+        )
         dx = None
         if ctx.needs_input_grad[0] and merge:
-            dx = input_gradient(_joined(dys), _merged(weights, now))
+            dx = input_gradient(_joined(given), _merged(weights, now, gains))
         elif ctx.needs_input_grad[0]:
             for dy, weight, packed in zip(dys, weights, ctx.packed):
                 dx = input_gradient(dy, weight, packed, dx)
-        needs = [ctx.needs_input_grad[4 * k + 2 : 4 * k + 6] for k in range(n)]
         into: Sequence[Into] = now.into or [
             (torch.zeros_like(one) if need[2] else None, torch.zeros_like(two) if need[3] else None)
             for one, two, need in zip(a, b, needs)
         ]
         pair_gradients(x, s, now.a, now.b, dys, into, ctx.scales, None if merge else dx)
         grads: list[Tensor | None] = [dx, None]
-        for dy, need, new in zip(dys, needs, into):
-            frozen = dy.T @ x if need[0] else None, dy.sum(0) if need[1] else None
-            grads += [*frozen, *((None, None) if now.into else new)]
+        for dy, up, need, new, dgain in zip(dys, given, needs, into, into_gains):
+            frozen = dy.T @ x if need[0] else None, up.sum(0) if need[1] else None
+            grads += [*frozen, *((None, None, None) if now.into else (*new, dgain))]
         return tuple(grads)
+
+
+def _computed(
+    x: Tensor,
+    weights: Sequence[Tensor | Coded],
+    biases: Sequence[Tensor | None],
+    gains: Sequence[Tensor | None],
+    packed: Sequence[Packed | None],
+    now: Ready,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The outputs, and the thin `s`."""
+    inner = [bias if gain is None else None for bias, gain in zip(biases, gains)]
+    parts = tuple(linear(x, *one) for one in zip(weights, inner, packed))
+    return parts, add_pairs(x, now.a, now.b, parts, gains, biases)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -158,17 +185,20 @@ def lora_group(x: Tensor, layers: Sequence[Layer], now: Ready | None = None) -> 
     flat = x.reshape(-1, x.shape[-1])
     scales, packed = [layer.scale for layer in layers], [layer.packed for layer in layers]
     if torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for layer in layers for t in layer[:4])
+        x.requires_grad or any(t is not None and t.requires_grad for layer in layers for t in _tensors(layer))
     ):
-        tensors = [t for layer in layers for t in layer[:4]]
+        tensors = [t for layer in layers for t in _tensors(layer)]
         found = _Group.apply(flat, (scales, now, packed), *tensors)  # type: ignore[no-untyped-call]
         parts = found if len(layers) > 1 else (found,)
     else:
         now = now or ready([layer[2:5] for layer in layers], x.dtype)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        parts = tuple(linear(flat, *one) for one in zip(weights, biases, packed))
-        add_pairs(flat, now.a, now.b, parts)
+        parts, _ = _computed(flat, weights, biases, [layer.gain for layer in layers], packed, now)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
+
+
+def _tensors(layer: Layer) -> tuple[Any, ...]:
+    return (*layer[:4], layer.gain)
 
 
 def lora_linear(x: Tensor, weight: Tensor | Coded, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """DoRA: the direction by a low-rank pair, the length of every row of W by a trained vector (Liu et al., 2024).
 
 `W' = m * (W + scale * b a) / |W + scale * b a|`, row by row; `m` begins as the row lengths of W. The norm is taken as
-a constant in the gradient (section 4.3) and computed without a dense matrix (`linalg.row_norms`).
+a constant in the gradient (section 4.3) and computed without a dense matrix (`kernels.norms`).
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorakit.linalg import row_norms
+from lorakit.kernels.norms import row_norms
 from lorakit.method import METHODS, STARTS, Factors, Held, Method, ReadWeight
 from lorakit.methods.lora import Lora, fresh_pair, whole_pair
 from lorakit.peft_layout import pair_from_peft, pair_to_peft, vector_to_peft
@@ -52,8 +52,8 @@ class Dora(Method):
         a, b = whole_pair(factors)
         magnitude = factors["magnitude"]
         with torch.no_grad():
-            length = row_norms(weight(), b, a, scale)
-            length = torch.where(length > 0, length, torch.ones_like(length))
+            length = row_norms(weight(), b, a, scale, weight.row_squares())
+            length = torch.where(length > 0, length, 1.0)
         bias = factors.get("bias")
         return Update(a=a, b=b, scale=scale, gain=magnitude / length, bias=None if bias is None else scale * bias)
 

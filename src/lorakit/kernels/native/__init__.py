@@ -27,6 +27,7 @@ _SOURCES = (
     "segments.c",
     "labels.c",
     "rows.c",
+    "gains.c",
     "thin.c",
     "maps.c",
     "pairs.c",

@@ -69,6 +69,18 @@ static inline void narrow(uint16_t *p, vec value) {
 #endif
 }
 
+/* Sixteen numbers from place j of p, which is in bfloat16 or float32; and the last n of a row, fewer than that, with zeros
+ * behind. */
+static inline vec fetch(const void *p, int64_t j, int half) {
+    return half ? widen((const uint16_t *)p + j) : load((const float *)p + j);
+}
+
+static inline vec fetch_some(const void *p, int64_t j, int64_t n, int half) {
+    float x[LANES] = {0};
+    for (int64_t k = 0; k < n; k++) x[k] = half ? widened(((const uint16_t *)p)[j + k]) : ((const float *)p)[j + k];
+    return load(x);
+}
+
 /* Sixteen numbers to place j of p, which is in bfloat16 or float32; and of such a vector the first n alone. */
 static inline void put(void *p, int64_t j, int half, vec x) {
     if (half)

@@ -147,7 +147,7 @@ int maps_forward(const Maps *m) {
             shrink(m, m->x + g * m->size * m->i, m->s + g * m->places * r, tile, none);
         int64_t t = tile.first * m->places + tile.begin;
         int64_t rows = (tile.last - tile.first - 1) * m->places + tile.end - tile.begin; /* parts: of one image */
-        expand(m->y + t * o, o, o, b, m->s + t * r, r, r, rows);
+        expand(m->y + t * o, o, o, b, m->s + t * r, r, r, rows, NULL, NULL);
     }
     free(b), free(none);
     return 0;

@@ -5,17 +5,6 @@
 
 #define PIECE 4096 /* numbers of one task */
 
-static inline vec fetch(const void *p, int64_t j, int half) {
-    return half ? widen((const uint16_t *)p + j) : load((const float *)p + j);
-}
-
-/* The last numbers of a row, fewer than a vector has: in a vector, zeros behind. */
-static inline vec fetch_some(const void *p, int64_t j, int64_t n, int half) {
-    float x[LANES] = {0};
-    for (int64_t k = 0; k < n; k++) x[k] = half ? widened(((const uint16_t *)p)[j + k]) : ((const float *)p)[j + k];
-    return load(x);
-}
-
 /* sigmoid(2 u) for u = sqrt(2 / pi) (x + 0.044715 x^3): gelu(x) = x sigmoid(2 u), since 1 + tanh u = 2 sigmoid(2 u). */
 static inline vec gate_of(vec x) {
     vec u2 = 1.5957691216f * x * (1.0f + 0.044715f * x * x);

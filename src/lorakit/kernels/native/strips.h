@@ -67,9 +67,17 @@ static inline void pair_up(const uint16_t *b, int64_t r, int64_t o, uint16_t *to
         }
 }
 
-/* One strip of y += s b for `rows` rows: a constant, so that the sums stay in registers. */
+/* Numbers of columns in the order of `pair_up`. */
+static inline void spread(const float *from, int64_t o, float *to) {
+    for (int64_t j = 0; j < o; j += STRIP)
+        for (int64_t c = 0; c < STRIP; c++) to[j + (c & 4 ? LANES : 0) + c / 8 * 4 + c % 4] = from[j + c];
+}
+
+/* One strip of y += s b for `rows` rows: a constant, so that the sums stay in registers. With `gain` (of `spread`), y is
+ * multiplied by it behind that, and a bias, if there is one, added. */
 static inline __attribute__((always_inline)) void strip(uint16_t *y, int64_t y_row, const uint16_t *b, const uint16_t *s,
-                                                        int64_t s_row, int64_t r, int rows, __m512i order) {
+                                                        int64_t s_row, int64_t r, int rows, __m512i order,
+                                                        const float *gain, const float *bias) {
     __m512 low[ROWS], high[ROWS];
     for (int t = 0; t < rows; t++) {
         __m512i row = _mm512_loadu_si512(y + t * y_row), zero = _mm512_setzero_si512();
@@ -84,24 +92,35 @@ static inline __attribute__((always_inline)) void strip(uint16_t *y, int64_t y_r
             high[t] = pairs(high[t], second, two);
         }
     }
+    if (gain) {
+        __m512 one = _mm512_loadu_ps(gain), other = _mm512_loadu_ps(gain + LANES);
+        __m512 add = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
+        __m512 more = bias ? _mm512_loadu_ps(bias + LANES) : _mm512_setzero_ps();
+        for (int t = 0; t < rows; t++) {
+            low[t] = low[t] * one + add;
+            high[t] = high[t] * other + more;
+        }
+    }
     for (int t = 0; t < rows; t++)
         _mm512_storeu_si512(y + t * y_row,
                             _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high[t], low[t])));
 }
 
-/* y (m, o) += s (m, r) b, with b from `pair_up` */
+/* y (m, o) += s (m, r) b, with b from `pair_up`; then y = gain y + bias, both from `spread`, if there is a gain. */
 static inline void expand(uint16_t *y, int64_t y_row, int64_t o, const uint16_t *b, const uint16_t *s, int64_t s_row, int64_t r,
-                   int64_t m) {
+                   int64_t m, const float *gain, const float *bias) {
     uint16_t places[STRIP];
     for (int c = 0; c < STRIP; c++) places[c] = (uint16_t)((c & 4 ? 16 : 0) + c / 8 * 4 + c % 4);
     __m512i order = _mm512_loadu_si512(places);
     int64_t t = 0;
     for (; t + ROWS <= m; t += ROWS)
         for (int64_t j = 0; j < o; j += STRIP)
-            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, ROWS, order);
+            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, ROWS, order, gain ? gain + j : NULL,
+                  bias ? bias + j : NULL);
     for (; t < m; t++)
         for (int64_t j = 0; j < o; j += STRIP)
-            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, 1, order);
+            strip(y + t * y_row + j, y_row, b + j * r, s + t * s_row, s_row, r, 1, order, gain ? gain + j : NULL,
+                  bias ? bias + j : NULL);
 }
 
 /* sum [r / 8][o / 32][2][8][16] += s^T y for s (m, r), y (m, o); `work` has room for m + 1 rows of s. */
