@@ -3,6 +3,7 @@
 Or only its matrix products (`floor`): what no training step of this base can be faster than, however it is written.
 """
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.attach import groups
 from lorakit.data.batches import IGNORED, Tokens, training_batches
+from lorakit.fit.begin import Beginning
+from lorakit.fit.courses import courses_of
 from lorakit.fit.learner import Learner, scores_of
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
@@ -41,7 +44,7 @@ def job_of(name: str, train: list[Row], model: nn.Module) -> tuple[Task, Tokens]
         reads = tuple(tuple(t - 1 for t, label in enumerate(row) if label != IGNORED) for row in labels)
         wanted = tuple(tuple(label for label in row if label != IGNORED) for row in labels)
         return Generate(), Tokens(ids, wanted, reads, lines, 0)
-    task = Classify(tuple(map(str, range(1 + max(label for (label,) in labels)))), "mean")
+    task = Classify(tuple(map(str, range(JOBS[name].get("labels", 2)))), "mean")
     task.prepare(model)
     return task, Tokens(ids, labels, ((),) * len(ids), lines, 0)
 
@@ -52,14 +55,16 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     dtype = resolve_dtype(setting.get("dtype", "auto"), torch.device("cpu"))
     model = base(setting["job"], torch.float32)
     if setting.get("quantize"):
-        lk.quantize(model, setting["quantize"])
+        lk.quantize(model, setting["quantize"], keep=setting.get("family", "")[:4] in ("loft", "eora"))
     task, tokens = job_of(setting["job"], train[: setting.get("rows")], model)
     own = {"learning_rate": job["rate"], "batch_size": job["batch"], "dtype": dtype, **setting.get("settings", {})}
     settings = Settings(**own)
     less(set(setting.get("without", ())))
     if "half precision" in setting.get("without", ()):
         dtype = "fp32"
-    if not setting.get("frozen") and not setting.get("floor"):
+    if setting.get("family"):
+        begun(setting["family"], model, task, tokens, settings)
+    elif not setting.get("frozen") and not setting.get("floor"):
         trained = (task.head,) if task.head else ()
         plan = lk.plan(model, rank=job["rank"], scale=SCALE, trained=trained, **setting.get("plan", {}))
         lk.attach(model, plan, seed=setting["seed"])
@@ -90,9 +95,21 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         return task.metrics(scores_of(model, task, trunk, held_out, settings), held_out)
 
     def told() -> dict[str, float]:
-        return {**workers.spent, "frozen": frozen_bytes(model, trunk.shards)}
+        learning = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and task.head not in name)
+        return {**workers.spent, "frozen": frozen_bytes(model, trunk.shards), "learning": learning}
 
     return steps, score, told
+
+
+def begun(row: str, model: nn.Module, task: Task, tokens: Tokens, settings: Settings) -> None:
+    """Attaches what a row of the family asks for, as a fit begins."""
+    from sides.family import FAMILY
+
+    rules = FAMILY[row].rules
+    plan = lk.plan(model, **{**rules, "trained": [*rules.get("trained", []), task.head]}, clip_rank=True)
+    beginning = Beginning(model, task, tokens, settings, Workers(), None, False).adapted(plan)
+    beginning.__enter__()
+    atexit.register(lambda: beginning)  # it would take the adapter off as it is collected
 
 
 class Timed(Workers):
@@ -134,9 +151,14 @@ def learning(
     """One optimizer step."""
     learner = Learner(model, task, trunk, settings, workers)
     learner.keep_prefix({"train": tokens}, None)
+    learner.courses = courses_of(model, settings.max_steps or 300)
+
+    number = 0
 
     def step(indices: Sequence[int]) -> tuple[int, float]:
-        done = learner.step(tokens, indices, settings.rate)
+        nonlocal number
+        number += 1
+        done = learner.step(tokens, indices, settings.rate, number)
         return done.n_tokens, done.loss
 
     return step

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sides.jobs import JOBS, SCALE, Row, base, tokenizer
-from sides.worker import Score, Steps, serve
+from sides.worker import Score, Steps, Told, serve
 
 
 class Losses(TrainerCallback):
@@ -42,6 +42,7 @@ class MeanPooled(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         states = self.trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = states[:, states.shape[1] - input_ids.shape[1] :]  # of a prompt peft leaves the rows there
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         logits = self.classifier(((states * weights).sum(1) / weights.sum(1)).to(self.classifier.weight.dtype))
         found = {"logits": logits}
@@ -55,15 +56,50 @@ def model_of(setting: dict[str, Any]) -> nn.Module:
     if setting.get("bits"):
         quantized(model, setting["bits"])
     if JOBS[name]["task"] == "classify":
-        model = MeanPooled(model, 2)
+        model = MeanPooled(model, JOBS[name].get("labels", 2))
     if setting.get("full"):
         return model.train()
     torch.manual_seed(setting["seed"])
+    if setting.get("family"):
+        return of_family(setting, model)
     own: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     if JOBS[name]["task"] == "classify":
         matrices = [path for path, module in model.trunk.named_modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr,operator]
         own = {"target_modules": [f"trunk.{path}" for path in matrices], "modules_to_save": ["classifier"]}
     return get_peft_model(model, LoraConfig(r=JOBS[name]["rank"], lora_alpha=SCALE * JOBS[name]["rank"], **own))
+
+
+def of_family(setting: dict[str, Any], model: Any) -> nn.Module:
+    """A row of the family on the trunk."""
+    from sides.family import few, peft_model
+    from sides.jobs import rows
+
+    job, pad = JOBS[setting["job"]], DataCollatorWithPadding(tokenizer())
+    data = [{"input_ids": ids, "labels": labels[0]} for ids, labels in rows(setting["job"])[0][: 16 * job["batch"]]]
+    batches = few([pad(data[k : k + job["batch"]]) for k in range(0, len(data), job["batch"])])
+
+    def run(trunk: nn.Module, back: bool) -> None:
+        head = nn.Linear(int(trunk.config.hidden_size), job.get("labels", 2))  # type: ignore[union-attr,arg-type]
+        for batch in batches:
+            given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            states = trunk(**given).last_hidden_state
+            if back:
+                F.cross_entropy(head(states.mean(1).float()), batch["labels"]).backward()
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.trunk = peft_model(setting["family"], model.trunk, setting["steps"], run)
+    model.classifier.requires_grad_(True)
+    return model.train()  # type: ignore[no-any-return]
+
+
+class Allocating(TrainerCallback):
+    """Lets AdaLoRA move its ranks, as its documentation says."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        moved = getattr(getattr(model.trunk, "base_model", None), "update_and_allocate", None)
+        if moved is not None:
+            moved(state.global_step)
 
 
 def quantized(model: nn.Module, bits: str) -> None:
@@ -93,7 +129,7 @@ class Counting:
         return batch
 
 
-def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score]:
+def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[Steps, Score, Told]:
     """The trainer of one job."""
     job = JOBS[setting["job"]]
     classify = job["task"] == "classify"
@@ -116,7 +152,7 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
             output_dir=tempfile.gettempdir(),
             per_device_train_batch_size=job["batch"],
             max_steps=n,
-            learning_rate=job["rate"],
+            learning_rate=setting.get("rate", job["rate"]),
             lr_scheduler_type="constant",
             weight_decay=0.01,
             logging_strategy="steps" if setting.get("log") else "no",
@@ -129,7 +165,8 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
             train_sampling_strategy="group_by_length" if setting["order"] == "grouped" else "random",
         )
         losses = Losses()
-        trainer = Trainer(model=model, args=args, train_dataset=part, data_collator=collate, callbacks=[losses])
+        extra = [Allocating()] if setting.get("family") == "adalora" else []
+        trainer = Trainer(model=model, args=args, train_dataset=part, data_collator=collate, callbacks=[losses, *extra])
         trainer.train()
         return sum(collate.n_tokens[:n]), losses.values  # the loader is a batch ahead
 
@@ -151,7 +188,11 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         found = {"loss": sum(losses) / len(losses)}
         return found | {"accuracy" if classify else "token_accuracy": sum(right) / len(right)}
 
-    return steps, score
+    def told() -> dict[str, float]:
+        own = {name: p for name, p in model.named_parameters() if "classifier" not in name}
+        return {"learning": sum(p.numel() for p in own.values() if p.requires_grad)}
+
+    return steps, score, told
 
 
 if __name__ == "__main__":

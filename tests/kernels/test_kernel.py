@@ -112,8 +112,8 @@ class QueryKeyValue(nn.Module):
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Memory that autograd keeps for the backward pass, parameters apart, each piece once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Memory that autograd keeps for the backward pass, the model's own apart, each piece once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     pieces: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,6 +136,16 @@ def test_three_layers_on_one_input_keep_it_once_and_three_thin_products(r: int) 
     x = torch.randn(2, n // 2, width).bfloat16().requires_grad_()
     padded = r  # both are multiples of 8, the narrowest that half precision is multiplied by
     assert saved_bytes(model, x) == 2 * n * width + 3 * 2 * n * padded
+
+
+def test_where_every_a_is_frozen_the_input_is_not_kept() -> None:
+    n, width = 256, 128
+    x, kept = torch.randn(2, n // 2, width).bfloat16().requires_grad_(), {}
+    for method in ("lora", "lora-fa"):
+        model = QueryKeyValue(width).bfloat16()
+        lk.attach(model, lk.plan(model, 8, method=method))
+        kept[method] = saved_bytes(model, x)
+    assert kept["lora"] - kept["lora-fa"] == 2 * n * width
 
 
 def test_the_fused_drive_keeps_less_than_the_hook_does() -> None:
@@ -196,8 +206,12 @@ def test_gains_have_the_gradients_of_autograd(n: int, merges: bool, monkeypatch:
         assert torch.allclose(one.grad, other.grad, atol=1e-9)  # type: ignore[arg-type]
     windows = [torch.ones_like(gain) for gain in gains]
     factors = [(torch.zeros_like(layer.a), torch.zeros_like(layer.b)) for layer in layers]
-    now = ready([layer[2:5] for layer in layers], torch.float64)._replace(into=tuple(factors), gains=tuple(windows))
-    own = [layer._replace(gain=gain.requires_grad_()) for layer, gain in zip(layers, gains)]
+    with torch.no_grad():
+        now = ready([layer[2:5] for layer in layers], torch.float64)._replace(into=tuple(factors), gains=tuple(windows))
+    own = [
+        layer._replace(a=layer.a.requires_grad_(), b=layer.b.requires_grad_(), gain=gain.requires_grad_())
+        for layer, gain in zip(layers, gains)
+    ]
     sum((y.square().sum() for y in lora_group(x, own, now)), torch.zeros(())).backward()
     wanted = [layer.gain.grad for layer in gained(alone)]
     for window, gradient in zip(windows, wanted):

@@ -82,9 +82,14 @@ def test_what_is_not_wanted_is_left_out(way: str) -> None:
     case = Case(*SHAPES[1])  # type: ignore[arg-type]
     db = torch.zeros(96, 16)
     before = case.dx.clone()
-    kernel.pair_gradients(case.x, case.s, case.a, case.b, case.ys, [(None, None), (None, db)], (1.0, 1.0))
-    assert near(db, case.ys[1].double().T @ case.s.double()[:, 8:])
+    for x in (case.x, None):  # which nothing is wanted of
+        db.zero_()
+        kernel.pair_gradients(x, case.s, case.a, case.b, case.ys, [(None, None), (None, db)], (1.0, 1.0))
+        assert near(db, case.ys[1].double().T @ case.s.double()[:, 8:])
     assert torch.equal(case.dx, before)
+    kernel.pair_gradients(None, case.s, case.a, case.b, case.ys, [(None, None), (None, db)], (1.0, 1.0), case.dx)
+    ds = torch.cat([dy.double() @ b.double().T for dy, b in zip(case.ys, case.b)], 1)
+    assert near(case.dx, before.double() + ds @ case.a.double())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -2,8 +2,8 @@
 
 One autograd function for a single layer and for a group (q, k, v; gate, up). What it saves against the plain
 composition: no `(n, o)` temporary for the pair (it is added in place), no scaled copy, no separate input gradients to
-add up, and for the backward only `x` (once for the group) and the thin `s = x a^T`. All `a` of a group make one
-product.
+add up, and for the backward only `x` (once for the group; not at all where every a is frozen) and the thin
+`s = x a^T`. All `a` of a group make one product.
 
 In float32 on a CPU two of the six thin products are saved by merging: `W + scale * b a` is made in the forward and
 again in the backward (nothing of its size is kept), which is less work once `n (i + o) > 2 i o`. Not in half precision:
@@ -101,14 +101,17 @@ class _Group(torch.autograd.Function):
         scales, given, packed = how
         weights, biases, a, b, gains = (tensors[k::5] for k in range(5))
         now = given or ready(list(zip(a, b, scales)), x.dtype)
-        if _pays_to_merge(x, weights):
+        ctx.merges = _pays_to_merge(x, weights)
+        if ctx.merges:
             s, sizes = linear(x, now.a), [w.shape[0] for w in weights]
             parts = linear(x, _merged(weights, now, gains), _joined_bias(biases, sizes, x)).split_with_sizes(sizes, 1)
         else:
             parts, s = _computed(x, weights, biases, gains, packed, now)
         kept = [(y, bias) if gain is not None else (None, None) for y, bias, gain in zip(parts, biases, gains)]
         held = [w if isinstance(w, Tensor) else None for w in weights]
-        ctx.save_for_backward(x, s, *held, *a, *b, *gains, *(t for pair in kept for t in pair))
+        needs = ctx.needs_input_grad
+        seen = x if any(needs[4::5]) or any(needs[2::5]) else None  # frozen a and W teach nothing about x
+        ctx.save_for_backward(seen, s, *held, *a, *b, *gains, *(t for pair in kept for t in pair))
         ctx.scales, ctx.given, ctx.packed = scales, given, packed
         ctx.coded = [None if isinstance(w, Tensor) else w for w in weights]
         return parts if len(parts) > 1 else parts[0]
@@ -120,8 +123,7 @@ class _Group(torch.autograd.Function):
         n = len(dys)
         weights = [coded or weight for coded, weight in zip(ctx.coded, rest[:n])]
         a, b, gains, kept = rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n : 4 * n], rest[4 * n :]
-        now = ctx.given or ready(list(zip(a, b, ctx.scales)), x.dtype)
-        merge = _pays_to_merge(x, weights)
+        now = ctx.given or ready(list(zip(a, b, ctx.scales)), s.dtype)
         needs = [ctx.needs_input_grad[5 * k + 2 : 5 * k + 7] for k in range(n)]
         into_gains = now.gains or tuple(torch.zeros_like(g) if need[4] else None for g, need in zip(gains, needs))
         given = dys
@@ -130,7 +132,7 @@ class _Group(torch.autograd.Function):
             for dy, gain, y, bias, dgain in zip(dys, gains, kept[::2], kept[1::2], into_gains)
         )
         dx = None
-        if ctx.needs_input_grad[0] and merge:
+        if ctx.needs_input_grad[0] and ctx.merges:
             dx = input_gradient(_joined(given), _merged(weights, now, gains))
         elif ctx.needs_input_grad[0]:
             for dy, weight, packed in zip(dys, weights, ctx.packed):
@@ -139,7 +141,7 @@ class _Group(torch.autograd.Function):
             (torch.zeros_like(one) if need[2] else None, torch.zeros_like(two) if need[3] else None)
             for one, two, need in zip(a, b, needs)
         ]
-        pair_gradients(x, s, now.a, now.b, dys, into, ctx.scales, None if merge else dx)
+        pair_gradients(x, s, now.a, now.b, dys, into, ctx.scales, None if ctx.merges else dx)
         grads: list[Tensor | None] = [dx, None]
         for dy, up, need, new, dgain in zip(dys, given, needs, into, into_gains):
             frozen = dy.T @ x if need[0] else None, up.sum(0) if need[1] else None

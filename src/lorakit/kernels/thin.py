@@ -45,19 +45,20 @@ def _functions() -> tuple[Any, Any, Any] | None:
     return native.thin_forward, native.thin_backward, native.thin_lengths
 
 
-def _ours(x: Tensor, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+def _ours(x: Tensor | None, a: Tensor, b: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    read = ys if x is None else (x, *ys)
     return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and len(x) > 0
+        a.dtype == torch.bfloat16
+        and a.device.type == "cpu"
+        and all(len(m) > 0 for m in read)
         and _functions() is not None
-        and x.shape[1] % WIDTH == 0
+        and a.shape[1] % WIDTH == 0
         and a.is_contiguous()
         and all(
             w.is_contiguous() and w.shape[0] % RANK == 0 and 0 < w.shape[0] <= WIDEST and w.shape[1] % WIDTH == 0
             for w in b
         )
-        and all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in (x, *ys))
+        and all(m.dtype == torch.bfloat16 and m.stride(1) == 1 for m in read)
     )
 
 
@@ -126,7 +127,7 @@ def add_pairs(
 
 
 def pair_gradients(
-    x: Tensor,
+    x: Tensor | None,
     s: Tensor,
     a: Tensor,
     b: Sequence[Tensor],
@@ -135,15 +136,19 @@ def pair_gradients(
     scales: Sequence[float],
     dx: Tensor | None = None,
 ) -> None:
-    """Adds the gradients of `add_pairs` to `into`, that of b times its scale, and to `dx (n, i)`, if given."""
+    """Adds the gradients of `add_pairs` to `into`, that of b times its scale, and to `dx (n, i)`, if given.
+
+    `x` may be None where no gradient of a is wanted.
+    """
     fit = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for pair in into for t in pair)
     if fit and s.is_contiguous() and (dx is None or dx.stride(1) == 1) and _ours(x, a, b, dys):
         parts = _parts(b, dys, into, scales, ((None, None),) * len(dys))
         target = (None, 0) if dx is None else (dx.data_ptr(), dx.stride(0))
         backward = _functions()[1]  # type: ignore[index]
-        check(backward(parts, len(dys), x.data_ptr(), x.stride(0), a.data_ptr(), s.data_ptr(), *target, *x.shape))
+        read = (None, 0) if x is None else (x.data_ptr(), x.stride(0))
+        check(backward(parts, len(dys), *read, a.data_ptr(), s.data_ptr(), *target, len(s), a.shape[1]))
         return
-    if has_triton(x.device):
+    if x is not None and has_triton(x.device):
         from lorakit.kernels import triton_pairs
 
         if triton_pairs.takes(x, s, a, b, dys, dx):
@@ -158,6 +163,7 @@ def pair_gradients(
         if db is not None:
             db.add_((dy.T @ thin)[:, : db.shape[1]], alpha=scale)
         if da is not None:
+            assert x is not None
             da.add_((part.T @ x)[: da.shape[0]])
     if dx is not None:
         dx.addmm_(ds, a)

@@ -99,7 +99,8 @@ int thin_lengths(const uint16_t *w, const uint16_t *a, const float *b, const flo
     return 0;
 }
 
-/* The gradients of every a and b, and of x, added to what is there; `dx` (n, i) may be null. */
+/* The gradients of every a and b, and of x, added to what is there; `dx` (n, i) may be null, and x where no gradient of a
+ * is wanted. */
 int thin_backward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t x_row, const uint16_t *a, const uint16_t *s,
                   uint16_t *dx, int64_t dx_row, int64_t n, int64_t i) {
     int64_t r = 0, size = 0, threads = threads_for(n, FEW), block = block_of(n, widest(parts, n_parts, i), threads);
@@ -124,7 +125,7 @@ int thin_backward(const Part *parts, int64_t n_parts, const uint16_t *x, int64_t
             sum += part->r * part->o;
             k += part->r;
         }
-        outer(sum, ds, r, x + t * x_row, x_row, i, r, m, work);
+        if (x) outer(sum, ds, r, x + t * x_row, x_row, i, r, m, work);
         if (dx) expand(dx + t * dx_row, dx_row, i, wide, ds, r, r, m, NULL, NULL);
     }
     for (int64_t thread = 0; thread < threads; thread++) {
