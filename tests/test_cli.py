@@ -195,6 +195,29 @@ def test_the_merged_model_gives_the_same_logits_as_the_adapter(place, tmp_path):
     assert float((expected - found).abs().max()) < 1e-4  # fp32 sums in another order, through two layers
 
 
+def test_a_pruned_base_stays_pruned_where_that_is_asked(place, capsys, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    matrices = [name for name, x in weights.items() if "layer.0" in name and x.ndim == 2]
+    pruned = {name: x * (x.abs() > x.abs().median()) if name in matrices else x for name, x in weights.items()}
+    save_file(pruned, file, {"format": "pt"})
+    run = tmp_path / "run"
+    short = ["--max-steps", "4", "--lr", "0.01"]
+    assert told(capsys, "fit", tmp_path / "base", place / "data.csv", "--out", run, *short)[0] == 0
+    assert told(capsys, "merge", run, "--zeros", "--out", tmp_path / "sparse")[0] == 0
+    assert told(capsys, "merge", run, "--out", tmp_path / "dense")[0] == 0
+    sparse, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("sparse", "dense"))
+    for name in matrices:
+        zero = pruned[name] == 0
+        assert bool((sparse[name][zero] == 0).all())
+        assert bool((dense[name][zero] != 0).any())
+        assert torch.equal(sparse[name][~zero], dense[name][~zero])
+
+
 def test_a_base_in_half_precision_is_merged_in_half_precision(place, capsys, tmp_path):
     import torch
     from safetensors.torch import load_file

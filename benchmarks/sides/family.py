@@ -42,7 +42,7 @@ FAMILY: dict[str, Row] = {
     "randlora": Row({"rank": 32, "method": "randlora"}),
     "fourier": Row({"rank": 2, "method": "fourier"}),
     "oft": Row({"rank": 24, "method": "oft"}),
-    "boft": Row({"rank": 24, "method": "boft"}),
+    "boft": Row({"rank": 96, "method": "boft"}, peft="on a CPU it has one factor only, whatever it is told"),
     "delora": Row({"rank": 8, "method": "delora"}),
     "miss": Row({"rank": 16, "method": "miss"}),
     "bone": Row({"rank": 16, "method": "bone"}),

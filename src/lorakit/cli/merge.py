@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="adapter or run directory")
     parser.add_argument("--base", help="the base, if it is not where it was (a name or a directory)")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the merged model goes; must not exist")
+    parser.add_argument("--zeros", action="store_true", help="leave every 0 of the base's weights a 0: a pruned base")
 
 
 def run(args: argparse.Namespace) -> Reply:
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> Reply:
         detach(base.model)
         dequantize(base.model)
         attach(base.model, adapter, check_base=False)
-    merge(base.model)
+    merge(base.model, zeros=args.zeros)
     head = base.model.get_submodule(name).state_dict() if name else {}
     base.model._modules.pop(name, None)  # the plain model, as other programs know it
     base.model.to(base.dtype)
