@@ -155,13 +155,29 @@ def test_after_an_error_the_weights_are_empty_and_nobody_is_waited_for() -> None
             model(torch.randn(2, 80, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("dtype", "method"), [("fp32", "lora"), ("bf16", "lora"), ("fp32", "dora")])
-def test_a_trunk_runs_divided_as_it_does_whole(dtype: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "method", "form"),
+    [
+        ("fp32", "lora", ""),
+        ("bf16", "lora", ""),
+        ("fp32", "dora", ""),
+        ("fp32", "lora", "nf4"),
+        ("bf16", "lora", "int8"),
+        ("fp32", "dora", "int8"),
+        ("fp32", "prompt", ""),
+    ],
+)
+def test_a_trunk_runs_divided_as_it_does_whole(dtype: str, method: str, form: str) -> None:
     ids = torch.tensor([2, 9, 12, 5, 3, 2, 8, 11, 3])
 
     def run(peers: Peers | None) -> list[Tensor]:
         model = llama()
-        lk.attach(model, lk.plan(model, rank=2, method=method), seed=0)
+        if form:
+            lk.quantize(model, form)
+        if method == "prompt":
+            lk.attach(model, lk.plan(model, soft_prompt="prefix:3"), seed=0)
+        else:
+            lk.attach(model, lk.plan(model, rank=2, method=method), seed=0)
         factors = [p for p in model.parameters() if p.requires_grad]
         for k, factor in enumerate(factors):
             noise = torch.randn(factor.shape, generator=torch.Generator().manual_seed(k))
