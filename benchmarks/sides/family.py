@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lorakit as lk
@@ -72,8 +75,10 @@ FAMILY: dict[str, Row] = {
 }
 
 
-def peft_model(name: str, trunk: nn.Module, n_steps: int, run: Callable[[nn.Module, bool], None]) -> nn.Module:
-    """peft's model of the row, around the trunk. `run` runs a few batches through a model, backward too if asked."""
+def peft_model(
+    name: str, trunk: nn.Module, n_steps: int, batches: list[Any], run: Callable[[nn.Module, Any, bool], None]
+) -> nn.Module:
+    """peft's model of the row, around the trunk. `run` runs a batch through a model, backward too if asked."""
     row = FAMILY[name]
     assert isinstance(row.peft, dict)
     told = dict(row.peft)
@@ -83,22 +88,29 @@ def peft_model(name: str, trunk: nn.Module, n_steps: int, run: Callable[[nn.Modu
         return _scheduled(trunk, n_steps)
     frozen, start = told.pop("frozen", ""), told.get("init_lora_weights", "")
     config = configuration(name, trunk)
+
+    def every(back: bool, alone: bool = False) -> None:
+        for batch in batches:
+            size = 1 if alone else len(batch["labels"])
+            for k in range(0, len(batch["labels"]), size):
+                run(trunk, {key: value[k : k + size] for key, value in batch.items()}, back)
+
     for key, value in told.items():
         setattr(config, key, value)
     if start == "corda":
-        config.corda_config = peft.tuners.lora.config.CordaConfig(verbose=False)
-        peft.tuners.lora.corda.preprocess_corda(trunk, config, run_model=lambda: run(trunk, False))
+        config.corda_config = CordaConfig(verbose=False)
+        preprocess_corda(trunk, config, run_model=lambda: every(False, alone=True))  # it takes batches of one
     elif start == "lora_ga":
         config.lora_ga_config = peft.LoraGAConfig()
-        peft.tuners.lora.loraga.preprocess_loraga(trunk, config, train_step=lambda: run(trunk, True))
+        preprocess_loraga(trunk, config, train_step=lambda: every(True))
     elif start == "eva":
         config.eva_config = peft.EvaConfig()
     model = get_peft_model(trunk, config)
     if start == "eva":
         peft.initialize_lora_eva_weights(
             model,
-            [None] * _FEW,
-            forward_fn=lambda model, _: run(model, False),
+            batches,
+            forward_fn=lambda model, batch: run(model, batch, False),
             prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=lambda x, *_: _flat(x),
             show_progress_bar=False,

@@ -78,17 +78,17 @@ def of_family(setting: dict[str, Any], model: Any) -> nn.Module:
     data = [{"input_ids": ids, "labels": labels[0]} for ids, labels in rows(setting["job"])[0][: 16 * job["batch"]]]
     batches = few([pad(data[k : k + job["batch"]]) for k in range(0, len(data), job["batch"])])
 
-    def run(trunk: nn.Module, back: bool) -> None:
-        head = nn.Linear(int(trunk.config.hidden_size), job.get("labels", 2))  # type: ignore[union-attr,arg-type]
-        for batch in batches:
-            given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            states = trunk(**given).last_hidden_state
-            if back:
-                F.cross_entropy(head(states.mean(1).float()), batch["labels"]).backward()
+    head = nn.Linear(int(model.config.hidden_size), job.get("labels", 2))
+
+    def run(trunk: nn.Module, batch: Any, back: bool) -> None:
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        states = trunk(**given).last_hidden_state
+        if back:
+            F.cross_entropy(head(states.mean(1).float()), batch["labels"]).backward()
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.trunk = peft_model(setting["family"], model.trunk, setting["steps"], run)
+    model.trunk = peft_model(setting["family"], model.trunk, setting["steps"], batches, run)
     model.classifier.requires_grad_(True)
     return model.train()  # type: ignore[no-any-return]
 
