@@ -34,6 +34,7 @@ ROOMS = {
     "algebra": 4,
     "describe": 5,
     "whole": 5.2,  # reads what describe says
+    "mode": 5,  # eval mode for as long as it is needed
     "reading": 5.3,  # how a base reads its inputs
     "rules": 5.5,  # and what learns whole
     "measure": 5.6,

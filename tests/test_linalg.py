@@ -20,20 +20,7 @@ from lorakit.linalg import (
     range_finder,
     stable_rank,
 )
-
-EXACT = 1e-11  # float64 on matrices of a few hundred numbers: some thousand roundings of 1e-16
-sides = st.integers(1, 9)
-seeds = st.integers(0, 2**31)
-
-
-def pair(o: int, i: int, r: int, seed: int, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    b = torch.randn(*batch, o, r, generator=g, dtype=torch.float64)
-    return b, torch.randn(*batch, r, i, generator=g, dtype=torch.float64)
-
-
-def close(x: Tensor, y: Tensor, tolerance: float = EXACT) -> bool:
-    return x.shape == y.shape and bool(((x - y).abs() <= tolerance * (1 + y.abs().max())).all())
+from low_rank import EXACT, close, pair, seeds, sides
 
 
 @given(sides, sides, sides, seeds, st.sampled_from([1.0, 0.5, -2.0]), st.sampled_from([(), (3,)]))

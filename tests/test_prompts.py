@@ -43,11 +43,16 @@ def states(model: nn.Module, **given: Tensor) -> Tensor:
     return body_of(model)(**given).last_hidden_state
 
 
+def behind(model: nn.Module, words: tuple[int, ...], text: Tensor) -> Tensor:
+    """The text's states where these words stand in front of it."""
+    front = torch.tensor(words).expand(len(text), -1)
+    return states(model, input_ids=torch.cat([front, text], 1))[:, len(words) :]
+
+
 @pytest.mark.parametrize("name", READING)
 def test_rows_that_are_words_do_what_the_words_do(name):
     model, text = made(READING[name], torch.float64), ids(2, 6)
-    front = torch.tensor(WORDS).expand(2, -1)
-    wanted = states(model, input_ids=torch.cat([front, text], 1))[:, len(WORDS) :]
+    wanted = behind(model, WORDS, text)
     lk.attach(model, lk.plan(model, soft_prompt=PromptPlan("soft", 4, words=WORDS)))
     torch.testing.assert_close(states(model, input_ids=text), wanted)
     rows = model.get_input_embeddings()(text)
@@ -58,8 +63,7 @@ def test_rows_that_are_words_do_what_the_words_do(name):
 @pytest.mark.parametrize("name", LOOKING_BACK)
 def test_a_prefix_of_words_does_what_the_words_do_where_attention_looks_back(name):
     model, text = made(LOOKING_BACK[name], torch.float64), ids(2, 6)
-    front = torch.tensor(WORDS).expand(2, -1)
-    wanted = states(model, input_ids=torch.cat([front, text], 1))[:, len(WORDS) :]
+    wanted = behind(model, WORDS, text)
     lk.attach(model, lk.plan(model, soft_prompt=PromptPlan("prefix", 4, words=WORDS)))
     torch.testing.assert_close(states(model, input_ids=text).double(), wanted, atol=1e-6, rtol=1e-6)
 

@@ -1,12 +1,16 @@
 """A base as a prompt looks at it to begin: how wide its rows are, and what they are for real tokens."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapter import fingerprint
 from lorakit.errors import PlanError
 from lorakit.kinds import kind_of
+from lorakit.mode import eval_mode
 from lorakit.prompt import Sizes
 
 
@@ -36,12 +40,15 @@ def table_of(model: nn.Module) -> nn.Module:
     return reader_of(model).get_input_embeddings()  # type: ignore[operator,no-any-return]
 
 
-def table_numbers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """What tells the input rows of this base from those of another: a name that no layer has, and their numbers."""
+def known_by(model: nn.Module, weights: Iterable[tuple[str, Tensor]], prompt: bool) -> str:
+    """Fingerprint of these base weights; of an adapter with a prompt, of the input rows too, under a name that no layer
+    has."""
+    if not prompt:
+        return fingerprint(weights)
     table = table_of(model)
-    weight = table._parameters["weight"]
-    kind = kind_of(table)
-    return [("input rows", weight if kind is None else kind.numbers(table, weight))]  # type: ignore[list-item,arg-type]
+    weight, kind = table._parameters["weight"], kind_of(table)
+    rows = weight if kind is None else kind.numbers(table, weight)  # type: ignore[arg-type]
+    return fingerprint([*weights, ("input rows", rows)])  # type: ignore[list-item]
 
 
 class Reading:
@@ -74,15 +81,8 @@ class Reading:
         from transformers import DynamicCache
 
         cache, body = DynamicCache(), self._body
-        modes = [(module, module.training) for module in body.modules()]
-        try:
-            body.eval()
+        with eval_mode(body), suppress(TypeError):  # of those that take none
             body(input_ids=tokens.to(self._device())[None], past_key_values=cache)
-        except TypeError:
-            pass  # it takes none
-        finally:
-            for module, mode in modes:
-                module.training = mode
         shapes = {tuple(x.shape) for layer in cache.layers for x in (layer.keys, layer.values)}
         if len(shapes) != 1:
             raise PlanError(

@@ -4,22 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lorakit.kernels.norms import row_norms, row_squares
-
-sides = st.integers(1, 9)
-seeds = st.integers(0, 2**31)
-
-
-def pair(o: int, i: int, r: int, seed: int, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    b = torch.randn(*batch, o, r, generator=g, dtype=torch.float64)
-    return b, torch.randn(*batch, r, i, generator=g, dtype=torch.float64)
-
-
-def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
-    return x.shape == y.shape and bool(((x - y).abs() <= tolerance * (1 + y.abs().max())).all())
+from low_rank import close, pair, seeds, sides
 
 
 @given(sides, sides, sides, seeds, st.sampled_from([1.0, -0.7]), st.sampled_from([(), (2,)]), st.booleans())

@@ -45,13 +45,7 @@ _RESERVED = {
     *dir(Slot),
     *dir(Trained),
     *dir(Prompts),
-    "cuts",
-    "handles",
-    "n_shown",
-    "packed",
-    "pair",
-    "standing",
-    "takes",
+    *Prompts.__annotations__,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit._version import __version__
-from lorakit.adapter import Adapter, fingerprint
+from lorakit.adapter import Adapter
 from lorakit.describe import Found, locate, walk
 from lorakit.errors import PlanError, listed, nearest
 from lorakit.measure import refuse_unmeasured
@@ -16,7 +16,7 @@ from lorakit.method import METHODS, Factors, Held, Measured, check_plan, settled
 from lorakit.plan import LayerPlan, Plan
 from lorakit.prompt import PROMPTS, Prompt, PromptPlan
 from lorakit.quantize import quantized_as
-from lorakit.reading import Reading, table_numbers
+from lorakit.reading import Reading, known_by
 from lorakit.update import AdaptedLayer, LayerSpec
 from lorakit.whole import resolve_trained
 
@@ -39,7 +39,6 @@ def fresh(
     measured: Mapping[str, Measured],
 ) -> Adapter:
     """`init` where the layers have been located already."""
-    reading = None if plan.prompt is None else Reading(model, PROMPTS[plan.prompt.settled().method].inputs)
     missing = [path for path, place in found.items() if place is None]
     faults = [f"the model has no layer '{path}'{nearest(path, (name for name, _ in walk(model)))}" for path in missing]
     places = {path: place for path, place in found.items() if place is not None}
@@ -57,15 +56,12 @@ def fresh(
         known = measured.get(path, Measured())
         layers[path] = _layer(place, entry, shared, known, _seeded(draw, seed, path))
     layers = _shared(layers, entries, {path: place.spec for path, place in places.items()})
-    known_by = [(path, place.numbers) for path, place in places.items()]
-    prompt = None
-    if plan.prompt is not None and reading is not None:
-        prompt = _prompt(plan.prompt.settled(), reading, _seeded(draw, seed, "prompt"))
-        known_by += table_numbers(model)
+    weights = ((path, place.numbers) for path, place in places.items())
+    prompt = None if plan.prompt is None else _prompt(model, plan.prompt.settled(), _seeded(draw, seed, "prompt"))
     meta = {
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "base_class": type(model).__name__,
-        "base_fingerprint": fingerprint(known_by),
+        "base_fingerprint": known_by(model, weights, prompt is not None),
         "seed": seed,
         **({"quantized": dict(how)} if (how := quantized_as(model)) else {}),
         "lorakit": __version__,
@@ -74,9 +70,10 @@ def fresh(
     return Adapter(layers, trained, meta, prompt)
 
 
-def _prompt(plan: PromptPlan, reading: Reading, generator: torch.Generator) -> Prompt:
-    factors = PROMPTS[plan.method].init(plan, reading, generator)
-    return Prompt(plan.method, reading.sizes, factors, plan.start)
+def _prompt(model: nn.Module, plan: PromptPlan, generator: torch.Generator) -> Prompt:
+    method = PROMPTS[plan.method]
+    reading = Reading(model, method.inputs)
+    return Prompt(plan.method, reading.sizes, method.init(plan, reading, generator), plan.start)
 
 
 _Alike = tuple[str, int, torch.device]  # method, rank, where
@@ -143,8 +140,7 @@ def _shared(
 def base_fingerprint(model: nn.Module, paths: Iterable[str], prompt: bool = False) -> str:
     """Fingerprint of the base weights at these layer paths; of an adapter with a prompt, of the input rows too."""
     places = ((path, locate(model, path)) for path in paths)
-    known_by = [(path, place.numbers) for path, place in places if place is not None]
-    return fingerprint(known_by + (table_numbers(model) if prompt else []))
+    return known_by(model, ((path, place.numbers) for path, place in places if place is not None), prompt)
 
 
 def _seeded(generator: torch.Generator, seed: int, path: str) -> torch.Generator:

@@ -29,6 +29,7 @@ class Groups:
     @torch.no_grad()
     def _find_places(self) -> None:
         self._places = [entry for group in self.groups for entry in group.targets()]
+        self._gained = [(group, gains) for group in self.groups if (gains := group.gains())]
         self.refresh()
 
     def fold_norms(self, model: nn.Module, run: Callable[[], Tensor], tolerance: float) -> None:
@@ -47,9 +48,9 @@ class Groups:
     def refresh(self) -> None:
         """Takes over what the factors are now; to be called whenever they have changed."""
         self.once.refresh()
-        steady = fit([gain for group in self.groups for gain in group.gains()])
-        for group in self.groups:
-            group.steady = steady or fit(group.gains())
+        steady = fit([gain for _, gains in self._gained for gain in gains])
+        for group, gains in self._gained:
+            group.steady = steady or fit(gains)
         if self._places:
             scaled = [(factor if _is_one(by) else factor * by).view_as(place) for place, factor, by in self._places]
             torch._foreach_copy_([place for place, _, _ in self._places], scaled)

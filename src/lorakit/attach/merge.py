@@ -51,7 +51,7 @@ def merge(
         raise AttachError("no adapter is active, so there is nothing to merge; activate one first")
     paths = dict.fromkeys(path for name in switch.active for path in switch.names[name])
     trained = dict.fromkeys(full for name in switch.active for full in switch.trained[name])
-    if switch.prompts is not None and switch.prompts.active() is not None:
+    if switch.prompts is not None and switch.prompts.acts:
         raise AttachError("a prompt is no change of the weights, so it cannot be merged; keep it as an adapter")
     _check(model, list(paths), list(trained), tied, requantize)
     if keep:

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lorakit.adapter import Adapter, fingerprint, same_base
+from lorakit.adapter import Adapter, same_base
 from lorakit.attach.slots import Slot, slot_name
 from lorakit.describe import Found, is_added, owner_of, parent_of
 from lorakit.errors import AdapterError, BaseMismatchError, listed, nearest
 from lorakit.method import METHODS, not_called
 from lorakit.quantize import quantized_as
-from lorakit.reading import table_numbers
+from lorakit.reading import known_by
 from lorakit.update import AdaptedLayer, LayerSpec
 
 DRIVES = ("hook", "fused", "weight")
@@ -165,9 +165,8 @@ def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Modul
 
 def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -> None:
     wanted = adapter.base_fingerprint
-    known_by = [(place.path, place.found.numbers) for place in places]
-    known_by += table_numbers(model) if adapter.prompt is not None else []
-    if wanted and not same_base(wanted, fingerprint(known_by)):
+    weights = ((place.path, place.found.numbers) for place in places)
+    if wanted and not same_base(wanted, known_by(model, weights, adapter.prompt is not None)):
         how, now = (dict(note) for note in (adapter.meta.get("quantized") or {}, quantized_as(model)))
         if how != now:
             way = f"; it was made on them {_as(how)}, and this model has them {_as(now)}: quantize it likewise"

@@ -47,7 +47,7 @@ def recorded(model: nn.Module) -> Iterator[list[str]]:
     """Yields a list that, after the block, names the layers whose active update did not run in it."""
     switch = switch_of(model)
     wanted = dict.fromkeys(path for name in switch.active for path in switch.names[name])
-    if switch.prompts is not None and switch.prompts.active() is not None:
+    if switch.prompts is not None and switch.prompts.acts:
         wanted[SEEN] = None
     unseen: list[str] = []
     switch.seen = set()

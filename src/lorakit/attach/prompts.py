@@ -9,9 +9,10 @@ are adapted.
 PEFT's classifiers of encoders read the prompt's first row; for an adapter of theirs the rows therefore stay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class PromptFactors(nn.Module):
 
     def __init__(self, prompt: Prompt, trainable: bool, device: torch.device) -> None:
         super().__init__()
-        self.told = replace(prompt, factors={})  # all but the factors
+        self.told, self.length = replace(prompt, factors={}), prompt.length  # all but the factors
         for name, factor in prompt.factors.items():
             own = factor.detach().to(device, copy=True).contiguous()
             self.register_parameter(name, nn.Parameter(own, requires_grad=trainable))
@@ -69,19 +70,36 @@ class Prompts(nn.Module):
     the body. `pair`: they stand before an encoder, whose mask its decoder needs too.
     """
 
+    switch: Switch
+    cuts: bool
+    pair: bool
+    packed: bool
+    standing: tuple[Tensor, Tensor] | None  # rows, and where they stand in the next call of the table
+    n_shown: int  # rows in what the body is about to give
+    handles: list[Any]
     added_by_lorakit = True
 
-    def __init__(self, switch: Switch, cuts: bool, pair: bool, takes: list[str]) -> None:
+    def __init__(self, switch: Switch, cuts: bool, pair: bool) -> None:
         super().__init__()
-        self.switch, self.cuts, self.pair, self.takes = switch, cuts, pair, takes
-        self.packed = False
-        self.standing: tuple[Tensor, Tensor] | None = None  # rows, and where they stand in the next call of the table
-        self.n_shown = 0  # rows in what the body is about to give
-        self.handles: list[Any] = []
+        self.switch, self.cuts, self.pair = switch, cuts, pair
+        self.packed, self.standing, self.n_shown, self.handles = False, None, 0, []
+
+    def _held(self) -> list[Any]:
+        return [self._modules[name] for name in self.switch.active if name in self._modules]
+
+    @property
+    def acts(self) -> bool:
+        """Has an active adapter a prompt?"""
+        return bool(self._held())
+
+    @property
+    def n_inputs(self) -> int:
+        """Rows that the active adapters put among the inputs."""
+        return sum(factors.length for factors in self._held() if factors.told.inputs)
 
     def active(self) -> Front | None:
         """What the active adapters put in front; None if they do not."""
-        held: list[Any] = [self._modules[name] for name in self.switch.active if name in self._modules]
+        held = self._held()
         if not held:
             return None
         if self.switch.seen is not None:
@@ -106,8 +124,7 @@ def put_prompt(model: nn.Module, switch: Switch, name: str, prompt: Prompt, trai
     if switch.prompts is None:
         task = (switch.meta.get(name, {}).get("peft") or {}).get("task_type")
         shown = task == "SEQ_CLS" and body_of(model) is not model and not _looks_back(reader)
-        takes = list(signature(type(reader).forward).parameters)[1:]
-        switch.prompts = prompts = Prompts(switch, not shown and not is_pair(model), is_pair(model), takes)
+        switch.prompts = prompts = Prompts(switch, not shown and not is_pair(model), is_pair(model))
         reader.add_module(CHILD, prompts)
         prompts.handles = [
             reader.register_forward_pre_hook(make_room, with_kwargs=True),
@@ -155,7 +172,22 @@ def _looks_back(body: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in body.modules())
 
 
+def placeholder(pad: int | None) -> int:
+    """A token that is no padding, since models count positions by that."""
+    return 1 if pad == 0 else 0
+
+
 # ---------------------------------------------------------------- hooks
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)[1:]
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module is called with."""
+    return {**dict(zip(_parameters(type(module).forward), args)), **kwargs}
 
 
 def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,7 +199,7 @@ def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     front = prompts.active()
     if front is None:
         return None
-    given = {**dict(zip(prompts.takes, args)), **kwargs}
+    given = _by_name(module, args, kwargs)
     ids, rows, past = (given.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
     inner = ids if ids is not None else rows
     if inner is None:
@@ -176,7 +208,8 @@ def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     v, p = front.n_inputs, front.n_states
     if first and v:
         if ids is not None:
-            given["input_ids"] = torch.cat([_placeholders(module, ids, v), ids], 1)
+            fill = placeholder(getattr(module.config, "pad_token_id", None))
+            given["input_ids"] = torch.cat([ids.new_full((len(ids), v), fill), ids], 1)
             begins = torch.arange(len(ids), device=ids.device) * (v + ids.shape[1])
             at = begins[:, None] + torch.arange(v, device=ids.device)
             prompts.standing = (front.inputs, at.flatten())  # type: ignore[assignment]
@@ -188,13 +221,6 @@ def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         given["past_key_values"] = _filled(module, past, front.states, inner)  # type: ignore[arg-type]
     _adapt(given, inner, v, p, first, prompts.pair)
     return (), given
-
-
-def _placeholders(module: nn.Module, ids: Tensor, v: int) -> Tensor:
-    """Tokens that are no padding, since models count positions by that."""
-    config: Any = module.config
-    token = 1 if getattr(config, "pad_token_id", None) == 0 else 0
-    return ids.new_full((len(ids), v), token)
 
 
 def _filled(module: nn.Module, past: Any, states: Tensor, inner: Tensor) -> Any:
@@ -260,11 +286,9 @@ def take_away(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def widen_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before an encoder-decoder: the mask of what is encoded, which its decoder gets too."""
     prompts: Prompts = module.__dict__[_NOTE]
-    front = None if prompts.packed else prompts.active()
-    names = list(signature(type(module).forward).parameters)[1:]
-    given = {**dict(zip(names, args)), **kwargs}
+    given = _by_name(module, args, kwargs)
     mask = given.get("attention_mask")
-    if front is None or mask is None:
+    if prompts.packed or not prompts.acts or mask is None:
         return None
-    given["attention_mask"] = torch.cat([mask.new_ones(len(mask), front.n_inputs), mask], 1)
+    given["attention_mask"] = torch.cat([mask.new_ones(len(mask), prompts.n_inputs), mask], 1)
     return (), given

@@ -69,12 +69,10 @@ class View:
             for view in self.layers
         ]
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [self.title, ""]
-        for row in [header, tuple("-" * width for width in widths), *rows]:
+        lines = [self.title, *([""] if rows else [])]
+        for row in [header, tuple("-" * width for width in widths), *rows] if rows else []:
             cells = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))]
             lines.append("  ".join(cells).rstrip())
-        if not self.layers:
-            lines = [self.title]
         if self.prompt:
             lines += ["", f"prompt: {self.prompt}"]
         if self.trained:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakit.kernels.native import library, place
+from lorakit.kernels.native import library, place, takes
 
-_KNOWN = (torch.float32, torch.bfloat16)
 _LONG = ctypes.c_int64
 _LEAST = 2.0**-6  # below it, z taken back from y would be too coarse
 
@@ -22,10 +21,6 @@ def fit(gains: Sequence[Tensor]) -> bool:
     return not gains or float(torch.cat(list(gains)).detach().abs().min()) >= _LEAST
 
 
-def _native(y: Tensor) -> bool:
-    return y.device.type == "cpu" and y.dtype in _KNOWN and library() is not None
-
-
 def plain(x: Tensor | None) -> Tensor | None:
     """As C takes it: float32, without gaps."""
     return None if x is None else x.detach().float().contiguous()
@@ -33,7 +28,7 @@ def plain(x: Tensor | None) -> Tensor | None:
 
 def add_gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """`y (n, o)` itself, made `gain * y + bias`."""
-    if not _native(y) or y.stride(1) != 1:
+    if not takes(y) or y.stride(1) != 1:
         y.mul_(gain)
         return y if bias is None else y.add_(bias)
     own, shift = plain(gain), plain(bias)
@@ -46,7 +41,7 @@ def add_gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 def gain_gradients(dy: Tensor, y: Tensor, gain: Tensor, bias: Tensor | None, dgain: Tensor | None) -> Tensor:
     """`gain * dy (n, o)`; the gradient of the gain is added to `dgain (o,)`, float32, if given."""
     straight = dy.stride(1) == 1 and y.stride(1) == 1 and dy.dtype == y.dtype
-    if not _native(y) or not straight or (dgain is not None and dgain.dtype != torch.float32):
+    if not takes(y) or not straight or (dgain is not None and dgain.dtype != torch.float32):
         if dgain is not None:
             z = y if bias is None else y - bias
             dgain.add_((dy.float() * z).sum(0).to(dgain) / gain)

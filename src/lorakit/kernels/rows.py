@@ -12,19 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.kernels.native import library, place
+from lorakit.kernels.native import library, place, takes
 
-_KNOWN = (torch.float32, torch.bfloat16)
 _LONG = ctypes.c_int64
-
-
-def _native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _KNOWN and library() is not None
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """`F.gelu(x, approximate="tanh")`."""
-    if not _native(x):
+    if not takes(x):
         return F.gelu(x, approximate="tanh")
     y: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
     return y
@@ -32,7 +27,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last side, `weight (d,)` frozen, in float32."""
-    if not _native(x):
+    if not takes(x):
         return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     y: Tensor = _Rms.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

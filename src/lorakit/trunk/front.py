@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.attach.prompts import Front, Prompts
+from lorakit.attach.prompts import Front, Prompts, placeholder
 from lorakit.trunk.segments import Before, Segments, in_front, own_rows
 
 
@@ -26,7 +26,7 @@ def laid(front: Front | None, ids: Tensor, segments: Segments, types: Tensor | N
     if front is None or not front.n_inputs:
         return Laid(ids, segments, types, None)
     v = front.n_inputs
-    own = torch.full((len(segments) * v,), 0 if pad else 1)
+    own = torch.full((len(segments) * v,), placeholder(pad))
     if types is not None:
         types = in_front(types, segments, torch.zeros_like(own))
     return Laid(in_front(ids, segments, own), segments.wider(v), types, own_rows(segments, v))
@@ -38,7 +38,7 @@ def standing(prompts: Prompts | None, front: Front | None, segments: Segments) -
     if prompts is None or front is None:
         yield
         return
-    with prompts.placed(front, (segments.starts[:-1, None] + torch.arange(front.n_inputs)).flatten()):
+    with prompts.placed(front, segments.firsts(front.n_inputs)):
         yield
 
 

@@ -85,6 +85,10 @@ class Segments:
         """With `v` more rows in front of each text."""
         return Segments(self.starts + v * torch.arange(len(self.starts)), self.n_calls)
 
+    def firsts(self, v: int) -> Tensor:
+        """The first `v` rows of each text: `(texts * v,)`."""
+        return (self.starts[:-1, None] + torch.arange(v)).flatten()
+
     def padded(self, flat: Tensor, fill: int) -> tuple[Tensor, Tensor]:
         """One row a text, filled up to the longest: `flat (rows,)` -> `(texts, longest)`, and its mask (1: real)."""
         longest = int(self.lengths.max())
@@ -100,7 +104,7 @@ def in_front(flat: Tensor, segments: Segments, front: Tensor) -> Tensor:
     wide = segments.wider(v)
     found = flat.new_empty(wide.n_tokens)
     found[own_rows(segments, v)] = flat
-    found[(wide.starts[:-1, None] + torch.arange(v)).flatten()] = front.to(flat.dtype)
+    found[wide.firsts(v)] = front.to(flat.dtype)
     return found
 
 

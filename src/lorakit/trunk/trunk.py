@@ -18,12 +18,12 @@ from lorakit.attach.prompts import Front, Prompts
 from lorakit.attach.slots import find_home, switch_of
 from lorakit.device import fast_dtype
 from lorakit.errors import UsageError, nearest
+from lorakit.mode import eval_mode
 from lorakit.reading import body_of
 from lorakit.trunk.blocks import Blocks, Call, stack_of
 from lorakit.trunk.front import behind, laid, standing
 from lorakit.trunk.lean import Lean
 from lorakit.trunk.memory import keep_few_kernels, keep_freed_memory
-from lorakit.trunk.mode import eval_mode
 from lorakit.trunk.packing import CannotPackError, packed
 from lorakit.trunk.place import dtype_of, place_of
 from lorakit.trunk.prefix import Prefix
@@ -139,11 +139,9 @@ class Trunk:
         elif self._blocks is None:
             state = self._packed(ids, segments, types)
         else:
-            front = self._front()
-            if front is not None and front.n_inputs and reads is not None:
-                call = Call(own_rows(segments, front.n_inputs)[reads] if self.trims else None)
-            else:
-                call = Call(reads if self.trims else None)
+            v = 0 if self._prompts is None else self._prompts.n_inputs
+            at = reads if reads is None or not v else own_rows(segments, v)[reads]
+            call = Call(at if self.trims else None)
             if prefix is not None:
                 call.depth, call.keep = self.depth, True
                 if prefix.has(texts):
@@ -342,7 +340,9 @@ class Trunk:
             wanted = self.hidden(ids, segments)[reads]
             self._blocks = Blocks(self._body)
             stack.callback(self._blocks.release)
-            self.depth = _frozen_depth(self._body, blocks, self.head) if self._front() is None else 0
+            self.depth = (
+                0 if self._prompts is not None and self._prompts.acts else _frozen_depth(self._body, blocks, self.head)
+            )
             self.trims = True
             try:
                 found = self.hidden(ids, segments, reads)

@@ -16,6 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorakit.cache import cache_folder
@@ -41,6 +42,11 @@ _TRIES = (("-fopenmp",), ())  # without OpenMP: one thread
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None."""
     return _loaded()[0]
+
+
+def takes(x: Tensor) -> bool:
+    """They are there, and take a tensor of this dtype and device."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library() is not None
 
 
 def place(x: Tensor | None) -> ctypes.c_void_p:
