@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 import tiny
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, AttachError
 from lorakit.prompt import PROMPTS
 
 FOLDER = "adapter"
@@ -84,6 +84,24 @@ def test_both_read_what_the_other_wrote(name, case, tmp_path):
     assert lk.load(tmp_path / "ours") == adapter
     again = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(output(name, again), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_active_adapter_decides_what_a_classifier_reads(tmp_path):
+    wanted = written("bert", "soft", tmp_path / FOLDER)
+    model = base("bert")
+    lk.attach(model, lk.plan(model, soft_prompt="soft:3"), name="ours", seed=1)
+    lk.activate(model, "ours")
+    own = output("bert", model)
+    lk.attach(model, lk.load(tmp_path / FOLDER), name="theirs")
+    lk.activate(model, "theirs")
+    torch.testing.assert_close(output("bert", model), wanted, atol=1e-6, rtol=1e-5)
+    lk.activate(model, ["theirs", "ours"])
+    with pytest.raises(
+        AttachError, match="of adapter 'theirs' reads the first row of its prompt.*of 'ours' the text's"
+    ):
+        output("bert", model)
+    lk.activate(model, "ours")
+    assert torch.equal(output("bert", model), own)
 
 
 @pytest.mark.parametrize("method", PROMPTS.names())

@@ -19,7 +19,7 @@ from lorakit.adapter import Adapter
 from lorakit.cli import main
 from lorakit.errors import AdapterError, AttachError, BaseMismatchError, DataError, PlanError, UsageError
 from lorakit.prompt import PROMPTS, PromptPlan
-from lorakit.reading import body_of
+from lorakit.reading import body_of, reader_of
 from lorakit.trunk import Segments, Trunk
 from lorakit.trunk.pairs import PairTrunk
 from tiny_text import small_task
@@ -268,6 +268,16 @@ def test_a_probe_tells_where_the_prompt_is_not_read():
             return x
 
     assert lk.probe(Around(), {"x": torch.zeros(1)}) == ("prompt",)
+
+
+def test_rows_that_the_table_did_not_take_are_an_error():
+    model = made(tiny.gpt2)
+    lk.attach(model, lk.plan(model, soft_prompt="soft:4"))
+    prompts = reader_of(model).prompts
+    with pytest.raises(AttachError, match="did not call its table"), prompts.placed(prompts.active(), torch.arange(4)):
+        pass
+    assert torch.equal(lk.collect(model).prompt.rows, prompts.active().inputs)
+    assert model(input_ids=ids(1, 3)).logits.shape[1] == 3  # and the next call is a good one
 
 
 def test_hidden_states_are_those_of_the_text_alone():

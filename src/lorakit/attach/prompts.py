@@ -47,13 +47,13 @@ class Front(NamedTuple):
 
 
 class PromptFactors(nn.Module):
-    """The prompt of one adapter: what learns, or its rows."""
+    """The prompt of one adapter: what learns, or its rows. `shown`: the rows stay behind the body."""
 
     added_by_lorakit = True
 
-    def __init__(self, prompt: Prompt, trainable: bool, device: torch.device) -> None:
+    def __init__(self, prompt: Prompt, trainable: bool, shown: bool, device: torch.device) -> None:
         super().__init__()
-        self.told, self.length = replace(prompt, factors={}), prompt.length  # all but the factors
+        self.told, self.length, self.shown = replace(prompt, factors={}), prompt.length, shown  # all but the factors
         for name, factor in prompt.factors.items():
             own = factor.detach().to(device, copy=True).contiguous()
             self.register_parameter(name, nn.Parameter(own, requires_grad=trainable))
@@ -66,23 +66,22 @@ class PromptFactors(nn.Module):
 class Prompts(nn.Module):
     """The prompts of all attached adapters, by name. Those of several active ones stand one behind the other.
 
-    `packed`: a trunk has put them where they belong, and the hooks stand aside. `cuts`: the rows are taken away behind
-    the body. `pair`: they stand before an encoder, whose mask its decoder needs too.
+    `packed`: a trunk has put them where they belong, and the hooks stand aside. `pair`: they stand before an encoder,
+    whose mask its decoder needs too, and whose rows it reads.
     """
 
     switch: Switch
-    cuts: bool
     pair: bool
     packed: bool
     standing: tuple[Tensor, Tensor] | None  # rows, and where they stand in the next call of the table
-    n_shown: int  # rows in what the body is about to give
+    n_cut: int  # rows to be taken away behind the body
     handles: list[Any]
     added_by_lorakit = True
 
-    def __init__(self, switch: Switch, cuts: bool, pair: bool) -> None:
+    def __init__(self, switch: Switch, pair: bool) -> None:
         super().__init__()
-        self.switch, self.cuts, self.pair = switch, cuts, pair
-        self.packed, self.standing, self.n_shown, self.handles = False, None, 0, []
+        self.switch, self.pair = switch, pair
+        self.packed, self.standing, self.n_cut, self.handles = False, None, 0, []
 
     def _held(self) -> list[Any]:
         return [self._modules[name] for name in self.switch.active if name in self._modules]
@@ -96,6 +95,19 @@ class Prompts(nn.Module):
     def n_inputs(self) -> int:
         """Rows that the active adapters put among the inputs."""
         return sum(factors.length for factors in self._held() if factors.told.inputs)
+
+    def cuts(self) -> bool:
+        """Are the rows taken away behind the body? AttachError where the active adapters do not agree."""
+        held = {name: self._modules[name] for name in self.switch.active if name in self._modules}
+        rows = {name: factors.shown for name, factors in held.items() if factors.told.inputs}  # type: ignore[union-attr]
+        shown = [name for name in rows if rows[name]]
+        if shown and len(shown) < len(rows):
+            other = next(name for name in rows if not rows[name])
+            raise AttachError(
+                f"the classifier of adapter '{shown[0]}' reads the first row of its prompt, as PEFT's do, and that of "
+                f"'{other}' the text's; activate one of them at a time"
+            )
+        return not (shown or self.pair)
 
     def active(self) -> Front | None:
         """What the active adapters put in front; None if they do not."""
@@ -114,17 +126,22 @@ class Prompts(nn.Module):
         self.standing = None if front.inputs is None else (front.inputs, at)
         try:
             yield
+            self.check_read()
         finally:
             self.packed, self.standing = False, None
+
+    def check_read(self) -> None:
+        """AttachError where rows still stand that the table should have taken."""
+        if self.standing is not None:
+            self.standing = None
+            raise AttachError("the prompt was not read: the model did not call its table of input rows")
 
 
 def put_prompt(model: nn.Module, switch: Switch, name: str, prompt: Prompt, trainable: bool) -> None:
     """Puts a prompt on a model that `check_prompt` found good."""
     reader, table = reader_of(model), table_of(model)
     if switch.prompts is None:
-        task = (switch.meta.get(name, {}).get("peft") or {}).get("task_type")
-        shown = task == "SEQ_CLS" and body_of(model) is not model and not _looks_back(reader)
-        switch.prompts = prompts = Prompts(switch, not shown and not is_pair(model), is_pair(model))
+        switch.prompts = prompts = Prompts(switch, is_pair(model))
         reader.add_module(CHILD, prompts)
         prompts.handles = [
             reader.register_forward_pre_hook(make_room, with_kwargs=True),
@@ -135,8 +152,10 @@ def put_prompt(model: nn.Module, switch: Switch, name: str, prompt: Prompt, trai
             prompts.handles.append(model.register_forward_pre_hook(widen_mask, with_kwargs=True))
         for module in (reader, table, model):
             module.__dict__[_NOTE] = prompts
+    task = (switch.meta.get(name, {}).get("peft") or {}).get("task_type")
+    shown = task == "SEQ_CLS" and body_of(model) is not model and not _looks_back(reader)
     device = next(table.parameters()).device
-    switch.prompts.add_module(name, PromptFactors(prompt, trainable, device))
+    switch.prompts.add_module(name, PromptFactors(prompt, trainable, shown, device))
 
 
 def take_prompt(model: nn.Module, switch: Switch, name: str) -> None:
@@ -195,7 +214,7 @@ def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     prompts: Prompts = module.__dict__[_NOTE]
     if prompts.packed:
         return None
-    prompts.standing, prompts.n_shown = None, 0
+    prompts.standing, prompts.n_cut = None, 0
     front = prompts.active()
     if front is None:
         return None
@@ -216,7 +235,7 @@ def make_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         else:
             own = front.inputs.to(inner.dtype).expand(len(inner), -1, -1)  # type: ignore[union-attr]
             given["inputs_embeds"] = torch.cat([own, inner], 1)
-        prompts.n_shown = v
+        prompts.n_cut = v if prompts.cuts() else 0
     if first and p:
         given["past_key_values"] = _filled(module, past, front.states, inner)  # type: ignore[arg-type]
     _adapt(given, inner, v, p, first, prompts.pair)
@@ -269,11 +288,10 @@ def put_rows(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor
 def take_away(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Behind the body: the text's rows alone."""
     prompts: Prompts = module.__dict__[_NOTE]
-    v, prompts.n_shown = prompts.n_shown, 0
-    if prompts.standing is not None and not prompts.packed:
-        prompts.standing = None
-        raise AttachError(f"the prompt was not read: {type(module).__name__} did not call its table of input rows")
-    if not v or not prompts.cuts:
+    v, prompts.n_cut = prompts.n_cut, 0
+    if not prompts.packed:
+        prompts.check_read()
+    if not v:
         return None
     if isinstance(output, tuple):
         return (output[0][:, v:], *output[1:])
