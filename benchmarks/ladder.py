@@ -7,7 +7,7 @@ of a rung over the rung before is what the trick is worth there.
 import statistics
 
 from common import Bench
-from train import SIDES, Side
+from train import SIDES, in_turn, opened
 
 # each rung: what is still missing on it
 ALL = ("compiled functions", "half precision", "packed rows", "packed weights", "groups", "few rows")
@@ -26,22 +26,14 @@ def climb(bench: Bench, job: str, turns: int, steps: int) -> None:
     """One job."""
     for name, missing in RUNGS.items():
         SIDES[name] = ("ours", {"without": list(missing)})
-    sides = {name: Side(name, job) for name in RUNGS}
-    for side in sides.values():
-        side.run(4)
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(turns):
-        for name in list(sides) if turn % 2 else list(reversed(sides)):
-            answer = sides[name].run(steps)
-            rates[name].append(answer["tokens"] / answer["seconds"])
-    for side in sides.values():
-        side.close()
-    before = first = next(iter(rates.values()))
-    for name, values in rates.items():
-        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(values)))
-        bench.ratio(f"{job} {name}, vs the rung before", [a / b for a, b in zip(values, before)])
-        before = values
-    bench.ratio(f"{job} all, vs plain", [a / b for a, b in zip(before, first)])
+    with opened(RUNGS, job) as sides:
+        done = in_turn(sides, turns, steps)
+    before = first = next(iter(RUNGS))
+    for name in RUNGS:
+        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(done.rates[name])))
+        bench.ratio(f"{job} {name}, vs the rung before", done.over(name, before))
+        before = name
+    bench.ratio(f"{job} all, vs plain", done.over(before, first))
 
 
 def main() -> None:

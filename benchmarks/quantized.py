@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from common import Bench
-from train import OURS, SIDES, Side
+from train import OURS, SIDES, in_turn, opened
 
 HERE = Path(__file__).parent
 FORMS = ("int8", "nf4", "int4")
@@ -26,24 +26,15 @@ def race(bench: Bench, job: str, turns: int, steps: int) -> None:
         SIDES[form] = ("ours", {"quantize": form})
     for form, name in PEERS.items():
         SIDES[name] = ("peft_trainer", {"dtype": "bf16", "order": "grouped", "bits": form})
-    sides = {name: Side(name, job) for name in (OURS, *FORMS, *PEERS.values())}
-    for side in sides.values():
-        side.run(3)
-    for label, threads, clock in (("1 thread cpu", 1, "cpu"), ("2 threads wall", 2, "seconds")):
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(turns):
-            for name in list(sides) if turn % 2 else list(reversed(sides)):
-                answer = sides[name].run(steps, threads)
-                rates[name].append(answer["tokens"] / answer[clock])
-        for form in FORMS:
-            bench.ratio(f"{job} {form} vs bf16 ({label})", [a / b for a, b in zip(rates[form], rates[OURS])])
-        for form, name in PEERS.items():
-            bench.ratio(f"{job} {form} vs {name} ({label})", [a / b for a, b in zip(rates[form], rates[name])])
-        if threads == 2:
-            for name, values in rates.items():
-                bench.fact(f"{job} tokens/s, {name}", round(statistics.median(values)))
-    for side in sides.values():
-        side.close()
+    with opened((OURS, *FORMS, *PEERS.values()), job) as sides:
+        for label, threads, clock in (("1 thread cpu", 1, "cpu"), ("2 threads wall", 2, "seconds")):
+            done = in_turn(sides, turns, steps, threads, clock)
+            for form in FORMS:
+                bench.ratio(f"{job} {form} vs bf16 ({label})", done.over(form, OURS))
+            for form, name in PEERS.items():
+                bench.ratio(f"{job} {form} vs {name} ({label})", done.over(form, name))
+    for name, values in done.rates.items():
+        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(values)))
 
 
 def loaded(job: str, form: str) -> dict[str, float]:

@@ -14,8 +14,10 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import Bench
 
@@ -57,9 +59,9 @@ class Side:
         """Some optimizer steps."""
         return self._ask({"steps": steps, "threads": threads})
 
-    def score(self) -> dict[str, float]:
+    def score(self, threads: int = 2) -> dict[str, float]:
         """Held-out metrics now."""
-        return self._ask({"threads": 2})
+        return self._ask({"threads": threads})
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
         self.tell(command)
@@ -87,27 +89,51 @@ class Side:
         self.process.wait()
 
 
-def race(bench: Bench, job: str, names: list[str], turns: int, steps: int) -> None:
-    """One job: lorakit and others in turn."""
-    sides = {name: Side(name, job) for name in [OURS, *names]}
+@contextmanager
+def opened(names: Iterable[str], job: str) -> Iterator[dict[str, Side]]:
+    """The processes of these sides, warm."""
+    sides = {name: Side(name, job) for name in names}
     for side in sides.values():
-        side.run(3)
+        side.run(4)
+    yield sides
+    for side in sides.values():
+        side.close()
+
+
+class Turns(NamedTuple):
+    """Of every side: tokens per second of each turn, and the most bytes that it had in memory."""
+
+    rates: dict[str, list[float]]
+    peaks: dict[str, int]
+
+    def over(self, one: str, other: str) -> list[float]:
+        """How much faster the one is than the other, turn by turn."""
+        return [a / b for a, b in zip(self.rates[one], self.rates[other])]
+
+
+def in_turn(sides: dict[str, Side], turns: int, steps: int, threads: int = 2, clock: str = "seconds") -> Turns:
+    """Every side runs some steps in every turn, first forwards, then backwards."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
     for turn in range(turns):
         for name in list(sides) if turn % 2 else list(reversed(sides)):
-            answer = sides[name].run(steps)
-            rates[name].append(answer["tokens"] / answer["seconds"])
+            answer = sides[name].run(steps, threads)
+            rates[name].append(answer["tokens"] / answer[clock])
             peaks[name] = answer["peak"]
-    for side in sides.values():
-        side.close()
+    return Turns(rates, peaks)
+
+
+def race(bench: Bench, job: str, names: list[str], turns: int, steps: int) -> None:
+    """One job: lorakit and others in turn."""
+    with opened([OURS, *names], job) as sides:
+        done = in_turn(sides, turns, steps)
     for name in names:
-        bench.ratio(f"{job} vs {name}", [a / b for a, b in zip(rates[OURS], rates[name])])
+        bench.ratio(f"{job} vs {name}", done.over(OURS, name))
         if name not in (FROZEN, FLOOR):
-            bench.ratio(f"{job} peak memory vs {name}", [peaks[name] / peaks[OURS]])
+            bench.ratio(f"{job} peak memory vs {name}", [done.peaks[name] / done.peaks[OURS]])
     for name in sides:
-        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(rates[name])))
-        bench.fact(f"{job} peak MiB, {name}", round(peaks[name] / 2**20))
+        bench.fact(f"{job} tokens/s, {name}", round(statistics.median(done.rates[name])))
+        bench.fact(f"{job} peak MiB, {name}", round(done.peaks[name] / 2**20))
 
 
 def padding(bench: Bench, job: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-_FEW = 16  # batches that starts are measured on
 N_PROMPT = 20
 
 
@@ -157,14 +155,3 @@ def _scheduled(trunk: nn.Module, n_steps: int) -> PeftModel:
         target_modules=paths,
     )
     return get_peft_model(trunk, config)
-
-
-def n_learning(model: nn.Module, head: str) -> int:
-    """Numbers that learn beside the head."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and head not in name.split("."))
-
-
-def few(batches: list[Any]) -> list[Any]:
-    """Those that starts are measured on."""
-    torch.manual_seed(0)
-    return batches[:_FEW]

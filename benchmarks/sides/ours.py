@@ -31,7 +31,7 @@ from lorakit.trunk.memory import keep_few_kernels
 from lorakit.trunk.packing import CannotPackError
 from lorakit.trunk.shards import Peers, frozen_bytes
 from sides.jobs import JOBS, SCALE, Row, base
-from sides.worker import Score, Steps, Told, serve
+from sides.worker import Score, Steps, Told, n_learning, serve
 
 keep_few_kernels()  # before anything is multiplied here, as in a fit
 
@@ -95,8 +95,8 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         return task.metrics(scores_of(model, task, trunk, held_out, settings), held_out)
 
     def told() -> dict[str, float]:
-        learning = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and task.head not in name)
-        return {**workers.spent, "frozen": frozen_bytes(model, trunk.shards), "learning": learning}
+        frozen = frozen_bytes(model, trunk.shards)
+        return {**workers.spent, "frozen": frozen, "learning": n_learning(model, task.head)}
 
     return steps, score, told
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sides.jobs import JOBS, SCALE, Row, base, tokenizer
-from sides.worker import Score, Steps, Told, serve
+from sides.worker import Score, Steps, Told, n_learning, serve
 
 
 class Losses(TrainerCallback):
@@ -71,13 +71,13 @@ def model_of(setting: dict[str, Any]) -> nn.Module:
 
 def of_family(setting: dict[str, Any], model: Any) -> nn.Module:
     """A row of the family on the trunk."""
-    from sides.family import few, peft_model
+    from sides.family import peft_model
     from sides.jobs import rows
 
     job, pad = JOBS[setting["job"]], DataCollatorWithPadding(tokenizer())
-    data = [{"input_ids": ids, "labels": labels[0]} for ids, labels in rows(setting["job"])[0][: 16 * job["batch"]]]
-    batches = few([pad(data[k : k + job["batch"]]) for k in range(0, len(data), job["batch"])])
-
+    few = rows(setting["job"])[0][: 16 * job["batch"]]  # batches that starts are measured on
+    data = [{"input_ids": ids, "labels": labels[0]} for ids, labels in few]
+    batches = [pad(data[k : k + job["batch"]]) for k in range(0, len(data), job["batch"])]
     head = nn.Linear(int(model.config.hidden_size), job.get("labels", 2))
 
     def run(trunk: nn.Module, batch: Any, back: bool) -> None:
@@ -189,8 +189,7 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         return found | {"accuracy" if classify else "token_accuracy": sum(right) / len(right)}
 
     def told() -> dict[str, float]:
-        own = {name: p for name, p in model.named_parameters() if "classifier" not in name}
-        return {"learning": sum(p.numel() for p in own.values() if p.requires_grad)}
+        return {"learning": n_learning(model, "classifier")}
 
     return steps, score, told
 

@@ -30,6 +30,11 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
+def n_learning(model: torch.nn.Module, head: str) -> int:
+    """Numbers that learn beside the head."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and head not in name.split("."))
+
+
 def warm_up() -> None:
     """What every side loads, and what torch keeps for itself once it has multiplied and differentiated."""
     import transformers
