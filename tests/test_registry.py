@@ -5,6 +5,9 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -134,6 +137,25 @@ def test_a_plug_in_that_fails_is_named_every_time(
     for _ in range(2):  # not half a registry at the second call
         with pytest.raises(UsageError, match=r"the thing plug-in 'theirs' \(their\.module:Thing\) cannot be loaded"):
             registry.names()
+
+
+def test_a_second_thread_waits_for_the_whole_registry(
+    registry: Registry,  # type: ignore[type-arg]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.2)
+        registry.add(Entry)
+
+    points(monkeypatch, slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(registry.names)
+        begun.wait()
+        assert registry.names() == ["one"]
+        assert first.result() == ["one"]
 
 
 def test_an_empty_registry_says_that_nothing_is_known(registry: Registry) -> None:  # type: ignore[type-arg]

@@ -7,6 +7,7 @@ A room such as `lorakit.methods` is scanned once, on the first look-up: importin
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar
@@ -22,6 +23,7 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+_scanning = threading.RLock()  # of all registries: entries of one room may look up those of another
 
 
 class Registry(Generic[T]):
@@ -31,7 +33,8 @@ class Registry(Generic[T]):
         self.noun = noun
         self.room = room
         self._entries: dict[str, T] = {}
-        self._scanned = False
+        self._scanned = False  # to the end
+        self._begun = False
 
     def add(self, cls: type[T]) -> type[T]:
         """Class decorator: registers one instance of the class under its `name`."""
@@ -50,16 +53,20 @@ class Registry(Generic[T]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        self._scanned = True  # before the imports: an entry may look up another one
-        try:
-            package = importlib.import_module(self.room)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.room}.{module.name}")
-            for point in entry_points(group=self.room):
-                self._load(point)
-        except BaseException:
-            self._scanned = False  # half a registry would call known names unknown
-            raise
+        with _scanning:  # another thread waits for the whole of it
+            if self._begun:  # by this thread, or done meanwhile: an entry may look up another one
+                return
+            self._begun = True
+            try:
+                package = importlib.import_module(self.room)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.room}.{module.name}")
+                for point in entry_points(group=self.room):
+                    self._load(point)
+            except BaseException:
+                self._begun = False  # half a registry would call known names unknown
+                raise
+            self._scanned = True
 
     def _load(self, point: EntryPoint) -> None:
         try:
