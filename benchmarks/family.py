@@ -57,7 +57,7 @@ def accuracy(bench: Bench, name: str, row: Row) -> None:
 
 def learn(row: Row, job: str, side: str, seed: int) -> Learned:
     """One seed of one side."""
-    rate = JOBS[job]["rate"] * row.rate
+    rate = JOBS[job]["rate"] * row.pace
     more: dict[str, Any] = {"span": STEPS}
     if side.endswith("lorakit"):
         more = {"settings": {"learning_rate": rate, "max_steps": STEPS}}

@@ -48,6 +48,8 @@ def test_the_rule_goes_by_what_learns():
     assert rule(trained=("up",)) == pytest.approx(rule() / 10, rel=0.02)
     assert rule(layers=(), trained=("up", "classifier")) == pytest.approx(rule() / 10, rel=0.02)
     assert rule(layers=(), trained=("classifier",)) == pytest.approx(5 * rule(), rel=0.02)
+    assert rule(layers=(), trained=("up.bias", "classifier")) == pytest.approx(2 * rule(), rel=0.02)
+    assert rule(method="fourier", rank=2) == pytest.approx(30 * rule(), rel=0.02)
 
 
 def descent(curvature, noise=0.0, low=1e-5, high=1e1, n=50):

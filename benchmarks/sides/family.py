@@ -16,18 +16,27 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lorakit as lk
+from lorakit.method import METHODS
+from lorakit.prompt import PROMPTS, PromptPlan
 
 N_PROMPT = 20
+_NO_LAYERS = 2.0  # the pace of norms and biases
 
 
 class Row(NamedTuple):
-    """One line of the table. `rate`: beside LoRA's; `peft`: fields of its configuration, None where it has no such
-    thing, or a sentence that says why it is left out; `bits`: the format of a quantized base."""
+    """One line of the table. `peft`: fields of its configuration, None where it has no such thing, or a sentence that
+    says why it is left out; `bits`: the format of a quantized base."""
 
     rules: dict[str, Any]
-    rate: float = 1.0
     peft: dict[str, Any] | str | None = {}
     bits: str = ""
+
+    @property
+    def pace(self) -> float:
+        """The learning rate beside LoRA's, of both sides."""
+        if "soft_prompt" in self.rules:
+            return PROMPTS[PromptPlan.parse(self.rules["soft_prompt"]).method].pace
+        return METHODS[self.rules.get("method", "lora")].pace if self.rules.get("layers") != "none" else _NO_LAYERS
 
 
 _LORA = {"rank": 8, "scale": 2.0}
@@ -67,9 +76,9 @@ FAMILY: dict[str, Row] = {
     "lora on nf4": Row(_LORA, bits="nf4"),
     "loftq on nf4": Row({**_LORA, "start": "loftq"}, peft=_QUANTIZED, bits="nf4"),
     "eora on nf4": Row({**_LORA, "start": "eora"}, peft=None, bits="nf4"),
-    "prompt soft": Row({"soft_prompt": f"soft:{N_PROMPT}"}, 5.0, {"prompt": "PromptTuningConfig"}),
-    "prompt p-tuning": Row({"soft_prompt": f"p-tuning:{N_PROMPT}"}, 6.0, {"prompt": "PromptEncoderConfig"}),
-    "prompt prefix": Row({"soft_prompt": f"prefix:{N_PROMPT}"}, 8.0, {"prompt": "PrefixTuningConfig"}),
+    "prompt soft": Row({"soft_prompt": f"soft:{N_PROMPT}"}, {"prompt": "PromptTuningConfig"}),
+    "prompt p-tuning": Row({"soft_prompt": f"p-tuning:{N_PROMPT}"}, {"prompt": "PromptEncoderConfig"}),
+    "prompt prefix": Row({"soft_prompt": f"prefix:{N_PROMPT}"}, {"prompt": "PrefixTuningConfig"}),
 }
 
 

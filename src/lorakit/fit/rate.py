@@ -19,7 +19,7 @@ from lorakit.prompt import PROMPTS
 from lorakit.whole import resolve_trained
 
 _LOWEST, _HIGHEST = 1e-5, 2e-2
-_FULL, _HEAD = 0.1, 5.0  # beside a low-rank pair: pretrained matrices that learn as a whole; a new head alone
+_FULL, _FEW, _HEAD = 0.1, 2.0, 5.0  # beside a pair: pretrained matrices that learn whole; norms and biases; a head
 _BELOW, _ABOVE = 32.0, 64.0  # the range: from so far below the rule's rate to so far above
 _FEWEST, _MOST, _SHARE = 30, 60, 0.1  # steps of the test, and their share of the run's
 _CYCLE = 4  # batches that take turns, so that the mean over a turn moves by what is learned only
@@ -44,19 +44,20 @@ class Rate(NamedTuple):
 def default_rate(learner: Learner, plan: Plan) -> Rate:
     """By the rule."""
     width = learner.trunk.width
-    value = 5e-4 * (2000 / width) ** 0.781
+    value = min(5e-4 * (2000 / width) ** 0.781, _HIGHEST)
     told = [f"width {width}"]
-    whole = _trains_base(learner, plan)
+    dims = _trained_of_base(learner, plan)
+    whole = any(dim > 1 for dim in dims)
     if plan.layers:
         pace = statistics.median(_pace(layer) for layer in plan.layers.values())
     elif plan.prompt is not None:
         pace = PROMPTS[plan.prompt.method].pace
     else:
-        pace = 1.0 if whole else _HEAD
+        pace = 1.0 if whole else _FEW if dims else _HEAD
     told += [f"times {pace:.2g} for what learns"] if pace != 1 else []
     told += [f"times {_FULL:g} for pretrained weights that learn as a whole"] if whole else []
     value *= pace * (_FULL if whole else 1.0)
-    return Rate(float(f"{min(max(value, _LOWEST), _HIGHEST):.2g}"), f"by rule: {', '.join(told)}")
+    return Rate(float(f"{max(value, _LOWEST):.2g}"), f"by rule: {', '.join(told)}")
 
 
 def _pace(layer: LayerPlan) -> float:
@@ -71,12 +72,13 @@ def _pace(layer: LayerPlan) -> float:
     return float(method.pace * min(abs(usual / settled(layer).scale_value) ** 0.75, 4.0))
 
 
-def _trains_base(learner: Learner, plan: Plan) -> bool:
+def _trained_of_base(learner: Learner, plan: Plan) -> list[int]:
+    """Dimensions of every pretrained parameter that learns as a whole."""
     if learner.task.from_scratch:
-        return False
+        return []
     head = learner.task.head
     found = resolve_trained(learner.model, plan.trained)
-    return any(p.dim() > 1 and not (head and name.startswith(f"{head}.")) for name, p in found.items())
+    return [p.dim() for name, p in found.items() if not (head and name.startswith(f"{head}."))]
 
 
 def tried_rate(learner: Learner, examples: Examples, plan: Plan) -> Rate:

@@ -37,6 +37,7 @@ class Adalora(Method):
     parameters = "r (o + i + 1), of which two thirds remain"
     use = "where layers differ in what they need; long enough runs; begin with 1.5 times the rank that is wanted"
     source = "Zhang et al., ICLR 2023, arXiv 2303.10512"
+    pace = 2.0
     takes_start = False
     peft_type = "ADALORA"
     peft_leaves = frozenset(_LEAVES.values())

@@ -25,6 +25,7 @@ class Boft(Method):
     parameters = "2 i^2 / r + o (i^2 / r + o where blocks cannot be halved)"
     use = "as oft, with channels mixed further; more numbers the lower r is"
     source = "Liu et al., ICLR 2024, arXiv 2311.06243"
+    pace = 0.3
     scale = 1.0
     takes_scale = False
     takes_start = False

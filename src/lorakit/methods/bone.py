@@ -23,6 +23,7 @@ class Bone(Method):
     parameters = "r o"
     use = "where MiSS falls short: the change follows W; slower"
     source = "Kang and Yin, 2024, arXiv 2409.15371"
+    pace = 0.3
     scale = 1.0
     takes_start = False
     reads_weight = True

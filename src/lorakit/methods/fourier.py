@@ -27,6 +27,7 @@ class Fourier(Method):
     parameters = "r sqrt(o i)"
     use = "tiny files; changes that are spread over the whole weight"
     source = "Gao et al., ICML 2024, arXiv 2405.03003"
+    pace = 30.0
     frozen = frozenset({"seed"})
     scale = 150.0
     takes_start = False

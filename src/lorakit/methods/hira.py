@@ -27,6 +27,7 @@ class Hira(Method):
     parameters = "r (o + i)"
     use = "changes of high rank at LoRA's size; keeps the zeros of a pruned base"
     source = "Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS"
+    pace = 5.0
     scale = 1.0
     reads_weight = True
     exact_pair = False

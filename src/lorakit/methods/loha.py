@@ -27,6 +27,7 @@ class Loha(Method):
     parameters = "2 r (o + i)"
     use = "changes of high rank from small factors; image models"
     source = "Hyeon-Woo et al., 2021, arXiv 2108.06098; LyCORIS"
+    pace = 2.0
     takes_start = False
     exact_pair = False
     peft_type = "LOHA"

@@ -30,6 +30,7 @@ class Lokr(Method):
     parameters = "about 2 sqrt(o i), or sqrt(o i) + r (sqrt o + sqrt i)"
     use = "a few thousand numbers for a large layer; image models"
     source = "Yeh et al., 2023, arXiv 2309.14859; LyCORIS"
+    pace = 3.0
     takes_start = False
     exact_pair = False
     peft_type = "LOKR"

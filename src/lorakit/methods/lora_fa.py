@@ -15,4 +15,5 @@ class LoraFa(Lora):
     parameters = "r o"
     use = "where memory for activations is short; wants a higher rank"
     source = "Zhang et al., 2023, arXiv 2308.03303"
+    pace = 2.0
     frozen = frozenset({"a", "a0", "b0"})

@@ -26,6 +26,7 @@ class Miss(Method):
     parameters = "r o"
     use = "short of memory: half of LoRA's numbers"
     source = "Kang and Yin, 2024, arXiv 2409.15371"
+    pace = 0.3
     scale = 1.0
     takes_start = False
     peft_type = "MISS"

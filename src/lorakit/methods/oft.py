@@ -29,6 +29,7 @@ class Oft(Method):
     parameters = "i (i / r - 1) / 2"
     use = "keeps what the base knows: image models, few steps; more numbers the lower r is"
     source = "Qiu et al., NeurIPS 2023, arXiv 2306.07280"
+    pace = 0.3
     frozen = frozenset({"series"})
     scale = 1.0
     takes_scale = False

@@ -27,6 +27,7 @@ class Randlora(Method):
     parameters = "min(o, i) (1 + min(o, i) / r)"
     use = "changes of full rank with few numbers; fewer of them the higher r is"
     source = "Albert et al., ICLR 2025, arXiv 2502.00987"
+    pace = 0.3
     frozen = frozenset({"a", "b"})
     scale = 20.0
     takes_start = False

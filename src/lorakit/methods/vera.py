@@ -26,6 +26,7 @@ class Vera(Method):
     parameters = "r + o"
     use = "many adapters whose files must be tiny; wants a rank of hundreds"
     source = "Kopiczko et al., ICLR 2024, arXiv 2310.11454"
+    pace = 15.0
     frozen = frozenset({"a", "b"})
     scale = 1.0
     takes_start = False
