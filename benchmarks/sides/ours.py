@@ -80,7 +80,7 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
     elif setting.get("frozen"):
         step = frozen(model, task, trunk, tokens)
     else:
-        step = learning(model, task, trunk, tokens, settings, workers)
+        step = learning(model, task, trunk, tokens, settings, workers, setting.get("falling", 0))
     at = 0
 
     def steps(n: int) -> tuple[int, list[float]]:
@@ -146,9 +146,9 @@ def _cannot(model: nn.Module) -> Any:
 
 
 def learning(
-    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings, workers: Workers
+    model: nn.Module, task: Task, trunk: Trunk, tokens: Tokens, settings: Settings, workers: Workers, falling: int
 ) -> Callable[[Sequence[int]], tuple[int, float]]:
-    """One optimizer step."""
+    """One optimizer step, at a rate that falls to 0 in so many steps (0: that stays)."""
     learner = Learner(model, task, trunk, settings, workers)
     learner.keep_prefix({"train": tokens}, None)
     learner.courses = courses_of(model, settings.max_steps or 300)
@@ -157,8 +157,9 @@ def learning(
 
     def step(indices: Sequence[int]) -> tuple[int, float]:
         nonlocal number
+        rate = settings.rate * (1 - number / falling if falling else 1)
         number += 1
-        done = learner.step(tokens, indices, settings.rate, number)
+        done = learner.step(tokens, indices, rate, number)
         return done.n_tokens, done.loss
 
     return step

@@ -153,7 +153,7 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
             per_device_train_batch_size=job["batch"],
             max_steps=n,
             learning_rate=setting.get("rate", job["rate"]),
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear" if setting.get("falling") else "constant",
             weight_decay=0.01,
             logging_strategy="steps" if setting.get("log") else "no",
             logging_steps=1,
@@ -171,12 +171,15 @@ def make(setting: dict[str, Any], train: list[Row], test: list[Row]) -> tuple[St
         return sum(collate.n_tokens[:n]), losses.values  # the loader is a batch ahead
 
     def score() -> dict[str, float]:
-        """Accuracy and mean loss, text by text: no padding can disturb them."""
+        """Accuracy and mean loss, of texts of one length at a time: no padding can disturb them."""
         model.eval()
         losses, right = [], []
+        by_length: dict[int, list[Row]] = {}
+        for row in test:
+            by_length.setdefault(len(row[0]) if classify else len(by_length), []).append(row)
         with torch.no_grad():
-            for ids, labels in test:
-                rows = torch.tensor([ids])
+            for alike in by_length.values():
+                rows, labels = torch.tensor([ids for ids, _ in alike]), [one for _, own in alike for one in own]
                 if classify:
                     logits = model(input_ids=rows, attention_mask=torch.ones_like(rows))["logits"].float()
                     wanted = torch.tensor(labels)
