@@ -312,7 +312,7 @@ BAD = [
         2,
         ["--text, --skip-bad goes with a file"],
     ),
-    (["truncate", "RUN", "--out", "OUT"], 2, ["rank or energy"]),
+    (["truncate", "RUN", "--out", "OUT"], 2, ["one of rank, energy"]),
     (["truncate", "RUN", "--energy", "1.5", "--out", "OUT"], 2, ["1.5"]),
     (["merge", "PLAIN", "--out", "OUT"], 2, ["--base"]),
     (["convert", "RUN", "--to", "gguf", "--out", "OUT"], 2, ["gguf"]),

@@ -26,6 +26,7 @@ ROOMS = {
     "method": 2,
     "notes": 2,
     "adapter": 2,
+    "moments": 2,
     "quant": 2.5,  # formats and layers of quantized weights
     "methods": 3,
     "starts": 3,
@@ -55,7 +56,17 @@ ROOMS = {
     "": 11,  # lorakit itself
     "testing": 12,
 }
-VALUES = {"course", "update", "files", "prompt", "plan", "method", "notes", "adapter"}  # one room of several files
+VALUES = {
+    "course",
+    "update",
+    "files",
+    "prompt",
+    "plan",
+    "method",
+    "notes",
+    "adapter",
+    "moments",
+}  # one room of several files
 LONGEST = 400
 
 

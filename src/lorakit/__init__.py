@@ -18,6 +18,8 @@ from lorakit._version import __version__ as __version__
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter as Adapter
     from lorakit.adapter import load as load
+    from lorakit.algebra.combine import combine as combine
+    from lorakit.algebra.compare import compare as compare
     from lorakit.algebra.truncate import truncate as truncate
     from lorakit.attach import activate as activate
     from lorakit.attach import attach as attach  # type: ignore[no-redef]
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from lorakit.attach import disabled as disabled
     from lorakit.attach import init as init
     from lorakit.attach import merge as merge  # type: ignore[no-redef]
+    from lorakit.attach import moments as moments  # type: ignore[no-redef]
     from lorakit.attach import probe as probe  # type: ignore[no-redef]
     from lorakit.attach import unmerge as unmerge
     from lorakit.describe import describe as describe
@@ -51,6 +54,8 @@ _HOMES = {
     "activate": "attach",
     "attach": "attach",
     "collect": "attach",
+    "combine": "algebra.combine",
+    "compare": "algebra.compare",
     "dequantize": "quantize",
     "describe": "describe",
     "detach": "attach",
@@ -62,6 +67,7 @@ _HOMES = {
     "load": "adapter",
     "measure": "measure",
     "merge": "attach",
+    "moments": "attach",
     "plan": "rules",
     "predict": "fit",
     "probe": "attach",

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -72,6 +72,14 @@ def same_base(x: str, y: str) -> bool:
     return not set(x.split(".")).isdisjoint(y.split("."))
 
 
+class Known(NamedTuple):
+    """A `fingerprint`, the layer paths that it was taken of, and whether of the input rows too."""
+
+    fingerprint: str
+    layers: list[str]
+    rows: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """`layers`: path -> AdaptedLayer; `trained`: parameter name -> whole tensor; `meta`: base name, fingerprint ...;
@@ -119,6 +127,11 @@ class Adapter:
         return [*factors.values(), *self.trained.values(), *(self.prompt.factors.values() if self.prompt else ())]
 
     @property
+    def digest(self) -> str:
+        """A hash of every bit of it but `meta`."""
+        return digest(native(self.layers, self.trained, self.prompt))
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods in it, sorted."""
         return tuple(sorted({layer.method for layer in self.layers.values()}))
@@ -132,6 +145,14 @@ class Adapter:
     def base_fingerprint(self) -> str:
         """`fingerprint` of the adapted base weights; '' if unknown."""
         return str(self.meta.get("base_fingerprint") or "")
+
+    @property
+    def bases(self) -> list[Known]:
+        """What is known of the base weights; more than one where it was made of several adapters."""
+        if "bases" in self.meta:
+            return [Known(*known) for known in self.meta["bases"]]
+        own = self.base_fingerprint
+        return [Known(own, list(self.layers), self.prompt is not None)] if own else []
 
     def __repr__(self) -> str:
         ranks = Counter(layer.rank for layer in self.layers.values() if layer.rank)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lorakit.adapter import Adapter, same_base
 from lorakit.attach.slots import Slot, slot_name
-from lorakit.describe import Found, is_added, owner_of, parent_of
+from lorakit.describe import Found, is_added, locate, owner_of, parent_of
 from lorakit.errors import AdapterError, BaseMismatchError, listed, nearest
 from lorakit.method import METHODS, not_called
 from lorakit.quantize import quantized_as
@@ -163,10 +163,19 @@ def stand_ins_of(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Modul
     return found
 
 
+def knows(model: nn.Module, adapter: Adapter, located: Mapping[str, Found]) -> bool:
+    """Has the model the weights that the adapter was made on, as far as it says? `located` are layers found before."""
+    for known in adapter.bases:
+        found = {path: located.get(path) or locate(model, path) for path in known.layers}
+        weights = [(path, place.numbers) for path, place in found.items() if place is not None]
+        if not same_base(known.fingerprint, known_by(model, weights, known.rows)):
+            return False
+    return True
+
+
 def check_base_of(model: nn.Module, adapter: Adapter, places: Iterable[Place]) -> None:
-    wanted = adapter.base_fingerprint
-    weights = ((place.path, place.found.numbers) for place in places)
-    if wanted and not same_base(wanted, known_by(model, weights, adapter.prompt is not None)):
+    """BaseMismatchError if the model has other weights than those it was made on."""
+    if not knows(model, adapter, {place.path: place.found for place in places}):
         how, now = (dict(note) for note in (adapter.meta.get("quantized") or {}, quantized_as(model)))
         if how != now:
             way = f"; it was made on them {_as(how)}, and this model has them {_as(now)}: quantize it likewise"

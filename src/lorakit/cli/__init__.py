@@ -31,6 +31,8 @@ VERBS = {
     "evaluate": "measure a fitted adapter on rows with their right answers",
     "inspect": "show what each layer of an adapter does",
     "truncate": "shrink an adapter to a smaller rank, exactly",
+    "combine": "make one adapter of several: weighted sum, TIES, DARE",
+    "compare": "how much two adapters do the same",
     "merge": "write an adapter into its base: a plain model without extra cost",
     "convert": "write an adapter in another form",
     "doctor": "say what this machine can do",

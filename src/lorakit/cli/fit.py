@@ -98,6 +98,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize", metavar="FORMAT", help="keep the base in few bits: int8, nf4 or int4 (see lorakit quantize)"
     )
     parser.add_argument("--plan", metavar="FILE", help="train by this plan instead of the flags below")
+    parser.add_argument("--from", dest="adapter", metavar="DIR", help="go on with this adapter or run on other rows")
     parser.add_argument("--settings", metavar="FILE", help="TOML file with the settings below, same names")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out that was interrupted")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> Reply:
     from lorakit.fit.directory import claim
     from lorakit.fit.run import fit
     from lorakit.fit.settings import GO_ON, make_settings
+    from lorakit.fit.use import adapter_in
     from lorakit.fit.workers import Workers
     from lorakit.method import STARTS
     from lorakit.plan import Plan
@@ -140,25 +142,29 @@ def run(args: argparse.Namespace) -> Reply:
         claim(Path(args.out), args.resume, args.overwrite)
     columns, wishes = columns_for(task, args), flags_for(task, args, ("pool", "template", "source_prefix"), task.wishes)
     seed = settings.get("seed", 0)
-    if args.plan and plan_flags_given(args):
-        raise UsageError(f"--plan says what to train; {', '.join(plan_flags_given(args))} would say it twice")
+    said = [flag for flag in ("--plan", "--from") if getattr(args, {"--from": "adapter"}.get(flag, "plan"))]
+    if said and (twice := [*said[1:], *plan_flags_given(args)]):
+        raise UsageError(f"{said[0]} says what to train; {', '.join(twice)} would say it twice")
     out, rules = Path(args.out), rules_from(args)
     with skipping(settings.get("skip_bad", 0)):
         data = load_splits(args.data, valid=args.valid, test=args.test, seed=seed, read=task.read, **columns)
         data, base = usable(data, lambda rows: task.base_for(args.base, rows, **wishes))
         given = Plan.load(args.plan) if args.plan else None
+        adapter = adapter_in(args.adapter) if args.adapter else None
         if args.quantize:
             starts = {layer.start for layer in given.layers.values()} if given else {rules.get("start") or ""}
             keep = any("original" in STARTS[start].needs for start in starts if start)
             say(f"base in {args.quantize}: {quantize(base.model, args.quantize, keep=keep)}")
-        plan = given or task.plan(base.model, **worded(rules, args.soft_prompt_words, base.tokenizer))
+        if adapter is None and given is None:
+            given = task.plan(base.model, **worded(rules, args.soft_prompt_words, base.tokenizer))
         watch = _Watch(task)
         try:
             result = fit(
                 base,
                 data,
                 args.task,
-                plan=plan,
+                plan=given,
+                adapter=adapter,
                 out=out,
                 resume=args.resume,
                 overwrite=args.overwrite,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from lorakit.errors import UsageError
 from lorakit.fit.settings import Settings
 from lorakit.fit.workers import Workers
 from lorakit.measure import data_needs, redistributed, watched
-from lorakit.method import Measured
-from lorakit.plan import Plan
+from lorakit.method import METHODS, STARTS, Measured
+from lorakit.plan import LayerPlan, Plan
+from lorakit.prompt import PromptPlan
 from lorakit.quantize import forget
 from lorakit.tasks.task import Task
 
@@ -33,7 +35,7 @@ _HEAD_RATE = 1e-2  # for a head that knows nothing, through which no gradient wo
 
 class Beginning:
     """Of one run: its model, task, examples to learn from, settings; `place` is its directory, `resume` whether it goes
-    on."""
+    on; `given` is the adapter that it begins with, where it does not begin with a fresh one."""
 
     def __init__(
         self,
@@ -44,9 +46,10 @@ class Beginning:
         workers: Workers,
         place: Path | None,
         resume: bool,
+        given: Adapter | None = None,
     ) -> None:
         self._net, self._goal, self._examples, self._settings = net, goal, examples, settings
-        self._workers, self._place, self._resume = workers, place, resume
+        self._workers, self._place, self._resume, self._given = workers, place, resume, given
 
     @contextmanager
     def adapted(self, plan: Plan | None) -> Iterator[Plan]:
@@ -59,7 +62,7 @@ class Beginning:
             entries = plan or self._goal.plan(net, trained=(head,) if head else ())
             if head and not any(name == head or name.startswith(head + ".") for name in entries.trained):
                 entries = replace(entries, trained=(*entries.trained, head))
-            entries, fresh = self._begun(entries)
+            entries, fresh = (entries, self._headed()) if self._given is not None else self._begun(entries)
             attach(net, entries if fresh is None else fresh, seed=self._settings.seed, trainable=True)
             forget(net)
             try:
@@ -69,6 +72,21 @@ class Beginning:
         finally:
             if head and not had_head and head in net._modules:
                 del net._modules[head]
+
+    def _headed(self) -> Adapter:
+        """The given adapter, with the task's head as it is on the model where it brings none."""
+        assert self._given is not None
+        head, goal = self._goal.head, self._goal.note()
+        before: Mapping[str, Any] = self._given.meta.get("task") or goal
+        if head and any(name.startswith(f"{head}.") for name in self._given.trained):
+            for key in ("name", "labels"):
+                if before.get(key) != goal.get(key):
+                    raise UsageError(
+                        f"the adapter's head was trained for {key} {_short(before.get(key))}, and the rows are for "
+                        f"{_short(goal.get(key))}; give it such rows, or begin with a fresh adapter"
+                    )
+        fresh = {name: p.detach().clone() for name, p in self._net.named_parameters() if name.startswith(f"{head}.")}
+        return replace(self._given, trained={**(fresh if head else {}), **self._given.trained})
 
     def done(self) -> None:
         """Removes what was kept for going on."""
@@ -129,6 +147,27 @@ class Beginning:
                             if steep:
                                 goal.loss(net, hidden, batch).backward()  # type: ignore[no-untyped-call]
         return found
+
+
+def _short(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def plan_of(adapter: Adapter) -> Plan:
+    """The plan that an adapter comes closest to."""
+    layers = {
+        path: LayerPlan(
+            layer.method,
+            layer.rank,
+            layer.scale if METHODS[layer.method].takes_scale else "",
+            layer.start if layer.start in STARTS else "",
+        )
+        for path, layer in adapter.layers.items()
+    }
+    prompt = adapter.prompt
+    asked = None if prompt is None else PromptPlan(prompt.method, prompt.length, prompt.start)
+    return Plan(layers, tuple(sorted(adapter.trained)), prompt=asked)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The run directory: claimed before anything is done, a journal while it runs, the results at its end.
 
-run/  plan.toml  adapter/  records.jsonl  curve.png  summary.json  checkpoint/ process (while it runs)
+run/  plan.toml  adapter/  moments.safetensors  records.jsonl  curve.png  summary.json
+      checkpoint/ process (while it runs)
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,8 @@ from lorakit.fit.hold import PROCESS, locked, writer
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, State
 from lorakit.fit.settings import GO_ON
+from lorakit.moments import FILE as MOMENTS
+from lorakit.moments import Moments, save_moments
 from lorakit.plan import Plan
 from lorakit.tasks.task import Task
 
@@ -118,7 +121,7 @@ def unfinished(place: Path) -> str:
 
 def clear(place: Path) -> None:
     """Empties the directory of the run that is to be replaced."""
-    for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png"):
+    for name in ("summary.json", "records.jsonl", "plan.toml", "curve.png", MOMENTS):
         (place / name).unlink(missing_ok=True)
     for file in place.glob(_PREFIX):  # of a run that was killed
         file.unlink()
@@ -201,11 +204,19 @@ def _read_records(path: Path, step: int, epoch: int) -> list[dict[str, Any]]:
 
 
 def finish(
-    place: Path, goal: Task, adapter: Adapter, plan: Plan, records: list[dict[str, Any]], summary: dict[str, Any]
+    place: Path,
+    goal: Task,
+    adapter: Adapter,
+    plan: Plan,
+    records: list[dict[str, Any]],
+    summary: dict[str, Any],
+    moments: Mapping[str, Moments],
 ) -> None:
     """Writes what came out, and removes the checkpoint."""
     plan.save(place / "plan.toml")
     adapter.save(place / "adapter")
+    if moments:
+        save_moments(place / MOMENTS, moments, adapter)
     try:
         draw_curve(records, place / "curve.png", goal.drawn)
         summary["curve"] = "curve.png"

@@ -22,13 +22,14 @@ from lorakit.data.batches import Examples
 from lorakit.data.faults import counted, gathered, made, skipping, usable
 from lorakit.device import name_of, resolve_device
 from lorakit.errors import UsageError
-from lorakit.fit.begin import Beginning
+from lorakit.fit.begin import Beginning, plan_of
 from lorakit.fit.budget import Budget
 from lorakit.fit.checkpoint import settled_before
 from lorakit.fit.courses import courses_of, finished
 from lorakit.fit.directory import Journal, alone_in, claim, clear, finish
 from lorakit.fit.learner import Learner
 from lorakit.fit.loop import Record, total_steps, train
+from lorakit.fit.moments import moments_of, still_theirs
 from lorakit.fit.settings import Settings, make_settings
 from lorakit.fit.settle import settle
 from lorakit.fit.summary import about, course, named, notes
@@ -71,6 +72,7 @@ def fit(
     task: str = "classify",
     *,
     plan: Plan | None = None,
+    adapter: Adapter | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -85,7 +87,8 @@ def fit(
     `model` is a name for `load_base` or a loaded Base, which is left as it was (with `consume` its frozen weights may
     stay in `dtype`, which spares the memory of the originals); `data` a source for `load_splits` (a file, rows in
     memory ...), or its result. `task` is the name of one: "classify" (one label for each text), "generate" (a written
-    answer to each prompt) ... (docs/tasks). `plan` defaults to rank 8 on every matrix. `settings` are those of
+    answer to each prompt) ... (docs/tasks). `plan` defaults to rank 8 on every matrix; with `adapter` that one
+    goes on learning, by the plan that it was made by. `settings` are those of
     `lorakit.fit.settings.Settings`, and the task's own `choices`. With `out`, a run directory is written; a run that
     was killed goes on with `resume=True` and ends with the very numbers of an uninterrupted one. Started by torchrun,
     its processes share the work of every step, and the first writes. `watch` is called with every Record and the total
@@ -94,6 +97,9 @@ def fit(
     all parts, once it is known which of them can be used.
     """
     _refuse_other(model)
+    if plan is not None and adapter is not None:
+        raise UsageError("an adapter that goes on learning has its plan; give a plan or an adapter")
+    plan = plan if adapter is None else plan_of(adapter)
     kind: type[Task] = TASKS[task]
     choices = {name: settings.pop(name) for name in kind.choices if name in settings}
     chosen = make_settings(settings)
@@ -123,7 +129,7 @@ def fit(
         "base_parameters": sum(p.numel() for p in net.parameters()),
         "base_bytes": sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())),
     }
-    beginning = Beginning(net, goal, parts["train"], chosen, workers, place, resume)
+    beginning = Beginning(net, goal, parts["train"], chosen, workers, place, resume, adapter)
     for examples in parts.values():
         if plan is not None and plan.prompt is not None:
             examples.extra = plan.prompt.length
@@ -140,6 +146,7 @@ def fit(
             "base": base_fingerprint(net, entries.layers, entries.prompt is not None),
             "base_name": base.name,
             "data": [rows.digest() for rows in (data.train, data.valid, data.test)],
+            "adapter": adapter.digest if adapter is not None else "",
             **named(goal),
         }
         trunk = goal.trunk(net, dtype=chosen.dtype, pad=parts["train"].pad, keep=keep and not moves)
@@ -174,11 +181,13 @@ def fit(
             assert state.best_values is not None
             learner.ema = None
             learner.load(state.best_values)
+            moments = moments_of(learner, parts["train"], n_steps)
             goal = learner.task = goal.calibrated(parts["valid"], learner.scores)
             metrics = learner.evaluate(parts["test"])
             memory["peak_bytes"] = peak_resident(where)
         tried = goal.tried(base, data.test.core) if workers.first else {}
-        adapter = finished(collect(net)).with_meta(
+        fitted = collect(net)
+        adapter = finished(fitted).with_meta(
             base_name=base.name, task=goal.note(), metrics=metrics, lorakit=__version__
         )
         if goal.peft_task:
@@ -190,6 +199,7 @@ def fit(
             "before": before,
             "test": metrics,
             **sizes,
+            "settings": chosen.filled(settled).values(),
             "dtype": trunk.precision,
             "device": chosen.device,
             "gpu": name_of(where),
@@ -205,7 +215,7 @@ def fit(
             **tried,
         }
         if writes is not None:
-            finish(writes, goal, adapter, entries, journal.records, summary)
+            finish(writes, goal, adapter, entries, journal.records, summary, still_theirs(moments, fitted, adapter))
             beginning.done()
     return Result(adapter, before, metrics, journal.records, summary, place)
 

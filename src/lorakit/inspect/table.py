@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, refuse_broken, same_base
-from lorakit.attach import base_fingerprint
-from lorakit.attach.places import made_on
+from lorakit.adapter import Adapter, refuse_broken
+from lorakit.attach.places import knows, made_on
 from lorakit.describe import locate
 from lorakit.errors import AdapterError, BaseMismatchError, PlanError
 from lorakit.linalg import effective_rank, energy_rank, product_svd, stable_rank
@@ -97,13 +96,7 @@ def inspect(adapter: Adapter, model: nn.Module | None = None, *, check_base: boo
     Raises AdapterError if the model lacks a layer, BaseMismatchError if it has other weights.
     """
     refuse_broken(adapter, "the adapter")
-    known = adapter.base_fingerprint
-    if (
-        model is not None
-        and check_base
-        and known
-        and not same_base(known, base_fingerprint(model, adapter.layers, adapter.prompt is not None))
-    ):
+    if model is not None and check_base and not knows(model, adapter, {}):
         raise BaseMismatchError(
             f"this adapter{made_on(adapter)} was made for other weights than the given model has; pass that base"
         )

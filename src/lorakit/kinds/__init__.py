@@ -101,6 +101,10 @@ class Kind(ABC):
         """What every output is made of, `(n, i)`; None where it cannot be told."""
         return x.reshape(-1, x.shape[-1]) if self.is_product else None
 
+    def by_place(self, h: Tensor) -> Tensor:
+        """What an output, or what comes of it by `outer`, has at every place: `(n, channels)`."""
+        return h.reshape(-1, h.shape[-1])
+
     @abstractmethod
     def dense(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The layer with canonical weight `weight` and no bias, applied to `x`."""

@@ -49,6 +49,9 @@ class _Conv(Kind):
         result: Tensor = module._conv_forward(x, self.stored(module, weight), None)  # type: ignore[operator]
         return result
 
+    def by_place(self, h: Tensor) -> Tensor:
+        return super().by_place(h.movedim(-1 - self.n_dims, -1))
+
     def over_outputs(self, vector: Tensor, y: Tensor) -> Tensor:
         return vector.reshape(-1, *([1] * self.n_dims))
 
